@@ -1,12 +1,12 @@
 """Every exception of this package, and the context that is added to one on its way out.
 
-ComposeError            the root: a message, and what to do about it
-├── UserError           the user can put it right (exit code 2); also a ValueError
+ComposeError            the root: a message, and how to fix it
+├── UserError           the user can fix it (exit code 2); also a ValueError
 │   ├── PipelineError   the YAML file is not valid
 │   ├── PlanError       the file is valid, but its chains do not make a plan
 │   │   └── RuleBroken  a stage breaks a rule on the order of stages; carries its name
-│   ├── AssetError      a model or data set cannot be had
-│   └── ArtifactError   a folder is not the artifact it should be
+│   ├── AssetError      a model or data set is not available
+│   └── ArtifactError   a folder does not hold what it should
 └── StepError           a step or cell failed while it ran (exit code 1)
     └── WorkerLost      its process ended without an answer; carries how
 """
@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 MOST_LISTED = 200
-"""Names that a hint compares and lists, and letters of a name that it compares."""
+"""Limits of a hint: how many names it compares and lists, and how many letters of a name."""
 
 
 class ComposeError(Exception):
-    """Root of the tree: one message, what puts it right, and where it happened.
+    """Root of the tree: one message, how to fix it, and where it happened.
 
     `fix` is a sentence on what to do. `file`, `line` and `column` (from 1), `stage` and `cell` are
-    the place; a raiser passes those that it knows, and `context` adds the others on the way out.
+    the place. A raiser passes those that it knows; `context` adds the others on the way out.
     """
 
     exit_code: ClassVar[int] = 1
-    """What the command line returns when this error ends it."""
+    """Exit code of the command that this error ends."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class ComposeError(Exception):
         return self.message
 
     def place(self) -> str:
-        """`file:line:column`, as much of it as is known; empty when the file is not."""
+        """`file:line:column`, as far as known; empty when the file is unknown."""
         if self.file is None:
             return ""
         numbers = [] if self.line is None else [self.line]
@@ -74,13 +74,14 @@ class ComposeError(Exception):
 
 
 class UserError(ComposeError, ValueError):
-    """A mistake that the user can put right."""
+    """A mistake that the user can fix."""
 
     exit_code = 2
 
 
 class PipelineError(UserError):
-    """The pipeline file is not valid: a key, a name or a value that the language does not have."""
+    """The pipeline file is not valid: it has a key, a name or a value that the language does not
+    know."""
 
 
 class PlanError(UserError):
@@ -101,11 +102,11 @@ class RuleBroken(PlanError):
 
 
 class AssetError(UserError):
-    """A model or data set cannot be had; the message lists what was tried."""
+    """A model or data set is not available; the message lists what was tried."""
 
 
 class ArtifactError(UserError):
-    """A folder is not the artifact that it should be."""
+    """A folder does not hold the artifact that it should."""
 
 
 class StepError(ComposeError):
@@ -113,10 +114,10 @@ class StepError(ComposeError):
 
 
 class WorkerLost(StepError):
-    """A worker ended without an answer: it crashed, was killed, hit a limit, or its node went.
+    """A worker ended without an answer: it crashed, was killed, hit a limit, or its node was lost.
 
-    `ending` is how, as far as it is known: a dictionary as `compose.processes.endings.Ending` has
-    fields.
+    `ending` says how, as far as known: a dictionary with the fields of
+    `compose.processes.endings.Ending`.
     """
 
     def __init__(self, message: str, ending: dict[str, Any] | None = None) -> None:
@@ -133,7 +134,8 @@ def context(
     stage: str | None = None,
     cell: str | None = None,
 ) -> Iterator[None]:
-    """Add the place to a `ComposeError` that passes; what it states already stays.
+    """Add the place to a `ComposeError` that passes through. Places that it states already do not
+    change.
 
     A line belongs to a file: `line` and `column` are added only to an error whose file was unknown.
 
@@ -155,7 +157,7 @@ def context(
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
-    """A hint for an unknown `name`: the nearest known one, if any is near, then all of them.
+    """A hint for an unknown `name`: the most similar known name, if one is similar, then all names.
 
     >>> suggest("gatess", ["gates", "heal"])
     "did you mean 'gates'? known: gates, heal"

@@ -1,7 +1,7 @@
-"""Gates and thresholds to and from a model folder, and `load` for users.
+"""Saves and loads gates and thresholds of a model folder; `load` is for users.
 
-Beside a Hugging Face folder's own files stand `gates.safetensors` and `gateskip.json` (gate kind,
-KV rule, thresholds a budget, training record, how to decode by default).
+A Hugging Face folder with gates also has `gates.safetensors` and `gateskip.json` (gate kind, KV
+rule, thresholds for each budget, training record, default decode settings).
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ RANKS = "shortcuts.ranks"  # in a file of gates whose shortcuts differ in rank
 
 @dataclass
 class GateFile:
-    """Everything a folder says about its gates."""
+    """The gates of a folder and their settings."""
 
     gates: Gates
     kv_rule: str
     grid: dict[float, list[float]]
-    """Thresholds, one a branch, for each calibrated budget."""
+    """Thresholds, one per branch, for each calibrated budget."""
     kept: dict[float, float] = field(default_factory=dict)
     """Share of multiply-adds that each budget really kept on the calibration text."""
     sensitivity: list[float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
-    """How the folder is decoded when nobody says otherwise: mode and its settings."""
+    """Default decode settings of the folder: mode and its settings."""
     between: dict[float, float] = field(default_factory=dict)
-    """What interpolated budgets kept there, half-way between two calibrated ones."""
+    """Share that interpolated thresholds kept there, half-way between two calibrated budgets."""
     phases: dict[float, dict[str, float]] = field(default_factory=dict)
-    """What each budget kept of prompts and of answers: see `CalibratedBudgets.phases`."""
+    """Share that each budget kept of prompts and of answers: see `CalibratedBudgets.phases`."""
     prompts: CalibratedBudgets | None = None
-    """What was calibrated for tokens of prompts: see `CalibratedBudgets.prompts`."""
+    """The calibration for tokens of prompts: see `CalibratedBudgets.prompts`."""
 
     @classmethod
     def of(
@@ -77,7 +77,7 @@ class GateFile:
         training: dict[str, Any] | None = None,
         decode: dict[str, Any] | None = None,
     ) -> GateFile:
-        """From what was calibrated."""
+        """A GateFile of calibrated budgets."""
         grid = {budget: list(row) for budget, row in budgets.thresholds.items()}
         kept, between = dict(budgets.kept), dict(budgets.between)
         phases = {budget: dict(shares) for budget, shares in budgets.phases.items()}
@@ -86,7 +86,7 @@ class GateFile:
 
     @property
     def budgets(self) -> CalibratedBudgets:
-        """What was calibrated, to be asked for any budget."""
+        """The calibrated budgets, which give thresholds for any budget."""
         return CalibratedBudgets(self.grid, self.kept, self.between, self.phases, self.prompts)
 
 
@@ -123,13 +123,13 @@ def save_gates(folder: Path, file: GateFile) -> None:
 
 
 def _ranks(gates: Gates) -> int | list[int]:
-    """The rank of all shortcuts, 0 where there are none, or that of each where they differ."""
+    """The rank of all shortcuts, 0 where there are none, or a list of ranks where they differ."""
     ranks = () if gates.shortcuts is None else gates.shortcuts.ranks
     return list(ranks) if len(set(ranks)) > 1 else max(ranks, default=0)
 
 
 def _of_budgets(budgets: CalibratedBudgets) -> dict[str, Any]:
-    """Thresholds, and the shares that they kept, by budgets as text."""
+    """Thresholds, and the shares that they kept, with budgets as text keys."""
     return {
         "thresholds": _by_text({b: list(row) for b, row in budgets.thresholds.items()}),
         "kept": _by_text(budgets.kept),
@@ -140,7 +140,7 @@ def _of_budgets(budgets: CalibratedBudgets) -> dict[str, Any]:
 def _budgets_in(
     meta: dict[str, Any],
 ) -> tuple[dict[float, list[float]], dict[float, float], dict[float, float]]:
-    """What `_of_budgets` wrote: thresholds, shares, and shares between."""
+    """The reverse of `_of_budgets`: thresholds, shares, and shares between budgets."""
     return (
         {float(b): [_number(v) for v in row] for b, row in meta["thresholds"].items()},
         {float(b): _number(share) for b, share in meta["kept"].items()},
@@ -149,15 +149,15 @@ def _budgets_in(
 
 
 def _by_text(values: Mapping[float, Any]) -> dict[str, Any]:
-    """The same by budgets as text, in their order."""
+    """A mapping from budgets as text, in their order."""
     return {str(budget): value for budget, value in sorted(values.items())}
 
 
 def write_gates(path: Path, gates: Gates) -> None:
-    """Write gates alone, as `read_gates` reads them.
+    """Write gates without their settings, in the form that `read_gates` reads.
 
-    Where shortcuts differ in rank, they stand one below the other, `down` and the transposed `up`
-    [sum of ranks, H], with the rank of each.
+    Where shortcuts differ in rank, they are stacked: `down` and the transposed `up` [sum of ranks,
+    H], with the rank of each.
     """
     state = {
         name: (value.to(STORED) if name.startswith("shortcuts.") else value).contiguous()
@@ -174,7 +174,8 @@ def write_gates(path: Path, gates: Gates) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinities: a threshold that never or always skips is written as a word."""
+    """Values for JSON, which has no infinities: a threshold that never or always skips is written
+    as a word."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -185,18 +186,18 @@ def _finite(value: Any) -> Any:
 
 
 def _number(value: float | str) -> float:
-    """A number of a file. Raises KeyError, TypeError or ValueError for what is none."""
+    """A number of a file. Raises KeyError, TypeError or ValueError for other values."""
     words = {"never": float("-inf"), "always": float("inf")}
     number = words[value] if isinstance(value, str) else float(value)
     if math.isnan(number):
-        raise ValueError("nan is no number")
+        raise ValueError("nan is not a number")
     return number
 
 
 def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
     """Gates of a kind from a gates.safetensors file; `settings` as for `make_gates`.
 
-    Raises FormatError when the file holds something else.
+    Raises FormatError when the file has something else.
     """
     try:
         with safe_open(str(path), "pt") as file:
@@ -226,15 +227,16 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
 
 
 def _take_ranks(state: dict[str, Tensor]) -> int | list[int]:
-    """The rank of all shortcuts of a file, or that of each, which are then set side by side.
+    """The rank of all shortcuts of a file, or a list of ranks; stacked shortcuts are then
+    separated.
 
-    ValueError or RuntimeError where they are not those of the tensors.
+    ValueError or RuntimeError where the ranks do not fit the tensors.
     """
     if RANKS not in state:
         return state[DOWN].shape[1]
     ranks: list[int] = state.pop(RANKS).tolist()
     if max(ranks) > state[DOWN].shape[-1]:
-        raise ValueError("a shortcut's rank is larger than its inputs are many")
+        raise ValueError("a shortcut's rank is larger than its number of inputs")
     if state[DOWN].ndim == 2:
         down, up = (
             pad_sequence(list(state[name].split(ranks)), batch_first=True) for name in (DOWN, UP)
@@ -246,16 +248,18 @@ def _take_ranks(state: dict[str, Tensor]) -> int | list[int]:
 def _require_as_large(
     state: dict[str, Tensor], kind: str, branches: int, hidden: int, settings: dict[str, Any]
 ) -> None:
-    """ValueError where a file states more gates than it holds: they would fill the memory."""
+    """ValueError where a file states more gates than it has: they would fill the memory."""
     with torch.device("meta"):
         complete = make_gates(kind, branches, hidden, **settings).state_dict()
     held = sum(value.numel() for value in state.values())
     if sum(value.numel() for value in complete.values()) > held:
-        raise ValueError(f"{branches} branches of {hidden} inputs are stated, {held} numbers held")
+        raise ValueError(
+            f"it states {branches} branches of {hidden} inputs but has only {held} numbers"
+        )
 
 
 def load_gates(folder: Path) -> GateFile | None:
-    """What a folder says of its gates; None where it has none.
+    """The gates of a folder and their settings; None where it has none.
 
     Raises FormatError where they are damaged or of another version.
     """
@@ -308,7 +312,7 @@ def _described(folder: Path, meta: dict[str, Any]) -> GateFile:
 
 
 def _meta(folder: Path) -> dict[str, Any]:
-    """What gateskip.json says. Raises FormatError where it is no JSON mapping."""
+    """The content of gateskip.json. Raises FormatError where it is not a JSON mapping."""
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -319,12 +323,12 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 
 def stored_decode(folder: Path) -> dict[str, Any]:
-    """How a folder is decoded when nobody says otherwise; it may draft without having gates."""
+    """Default decode settings of a folder, which may draft without having gates."""
     if not (folder / META_FILE).exists():
         return {}
     decode = _meta(folder).get("decode") or {}
     if not isinstance(decode, dict):
-        raise FormatError(f"{folder / META_FILE} says nothing readable of decoding")
+        raise FormatError(f"{folder / META_FILE} has no valid decode settings")
     return decode
 
 
@@ -339,13 +343,14 @@ def load(
 
     Args:
         folder: a Hugging Face folder, with or without gates.
-        dtype: as in `from_pretrained`; "auto" takes what the config says.
-        backend: what runs the model (runtime/backend.py). "auto" takes `native` where it can run
-            the model and is not slower than the weights' own kernels, which is timed once a
-            machine, and else `gathered`.
+        dtype: as in `from_pretrained`; "auto" takes the type of the config.
+        backend: the backend that runs the model (runtime/backend.py). "auto" takes `native` where
+            it can run the model and is not slower than the weights' own kernels, which is timed
+            once per machine, and otherwise `gathered`.
         rounded: let `native` round activations to 8 bits where weights are packed, as llama.cpp
             does.
-        device: where the model runs; anything but a CPU has `gathered` and `reference` alone.
+        device: the device of the model; only `gathered` and `reference` run on other devices than
+            a CPU.
 
     Raises:
         FormatError: its gates are damaged, or of another version or model.
@@ -409,7 +414,7 @@ def _on_cpu(
 
 
 def _gates(folder: Path, file: GateFile | None, model: Any) -> tuple[Gates | None, str]:
-    """Gates and KV rule of a folder; without gates the rule changes nothing.
+    """Gates and KV rule of a folder; without gates the rule has no effect.
 
     Raises FormatError for gates of another model.
     """
@@ -418,8 +423,8 @@ def _gates(folder: Path, file: GateFile | None, model: Any) -> tuple[Gates | Non
     branches, hidden = len(find_branches(model)), model.config.get_text_config().hidden_size
     if (file.gates.branches, file.gates.hidden_size) != (branches, hidden):
         raise FormatError(
-            f"{folder / GATES_FILE} is of another model: {file.gates.branches} branches of"
-            f" {file.gates.hidden_size} inputs, and this one has {branches} of {hidden}"
+            f"{folder / GATES_FILE} belongs to another model: {file.gates.branches} branches of"
+            f" {file.gates.hidden_size} inputs, but this model has {branches} of {hidden}"
         )
     return file.gates, file.kv_rule
 

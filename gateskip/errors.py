@@ -1,7 +1,8 @@
-"""What a file or folder is refused with. Imports no library."""
+"""The error for a file or folder that is refused. Imports no library."""
 
 from __future__ import annotations
 
 
 class FormatError(ValueError):
-    """A file is not what its name says: damaged, of another version, or made for another model."""
+    """A file does not have the content that its name promises: it is damaged, of another version,
+    or made for another model."""

@@ -1,17 +1,18 @@
-"""Names the extra that installs a library which the core does without. Imports no library."""
+"""Names the extra that installs a missing library which the core does not need. Imports no
+library."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 EXTRA = "gateskip-compose[compress]"
-"""What installs the libraries of packed weights and of training."""
+"""The extra with the libraries of packed weights and of training."""
 
 
 def need(purpose: str, *libraries: str) -> None:
-    """Refuse early, and by name, what `libraries` (import names) are needed for.
+    """Raise early where one of `libraries` (import names), which `purpose` needs, is not installed.
 
-    Raises ModuleNotFoundError for the first one that is not installed; its message names the extra.
+    Raises ModuleNotFoundError for the first one that is missing; its message names the extra.
     """
     for library in libraries:
         if find_spec(library) is None:

@@ -1,9 +1,9 @@
-"""The code that an export carries: our own modules, rewritten to lie in one folder.
+"""The code that an export carries: gateskip modules, rewritten to work in one folder.
 
 With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder and the
-modules that it imports from beside itself, and also the model class that `auto_map` in config.json
-names. The modules that decoding, or loading integer grids, needs are copied there with their
-imports made relative: the same implementation, not a second one.
+modules that it imports from the same folder, and also the model class that `auto_map` in
+config.json names. The modules that decoding, or loading integer grids, needs are copied there with
+relative imports, so that the export runs the same implementation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def write_bundle(folder: Path) -> list[Path]:
 
 
 def write_loader(folder: Path) -> list[Path]:
-    """Put the code that loads integer grids into a model folder, and name it in its config."""
+    """Put the code that loads integer grids into a model folder, and name it in the folder's
+    config."""
     written = _carry(folder / LOADER, "modeling_grid.py.txt", LOADER_ROOTS)
     config = require_model(folder)
     named = {"AutoModelForCausalLM": f"{LOADER.removesuffix('.py')}.GridCausalLM"}
@@ -45,13 +46,13 @@ def write_loader(folder: Path) -> list[Path]:
 
 
 def needs_loader(folder: Path) -> bool:
-    """Whether transformers alone cannot load the folder's weights."""
+    """Whether transformers needs code from the folder to load its weights."""
     packed = require_model(folder).get("quantization_config") or {}
     return bool(packed.get("quant_method") == GRID_METHOD)
 
 
 def _carry(target: Path, template: str, roots: Sequence[str]) -> list[Path]:
-    """Write an entry file and, beside it, the modules `roots` and all that they import."""
+    """Write an entry file and, beside it, the modules `roots` and all modules that they import."""
     target.parent.mkdir(exist_ok=True)
     entry = importlib.resources.files("compose") / "templates" / template
     text = entry.read_text(encoding="utf-8")
@@ -80,7 +81,7 @@ def sources(roots: Sequence[str] | None = None) -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """The file name, without its ending, of a module below gateskip in the one folder."""
+    """File name, without its ending, of a gateskip module in the export's folder of code."""
     return "gateskip_" + module.replace(".", "_")
 
 
@@ -95,7 +96,8 @@ def _file(module: str) -> Path:
 
 
 def _modules(match: re.Match[str]) -> list[str]:
-    """The modules that an import statement names: the one it imports from, or those it imports."""
+    """The modules that an import statement names: the one that it imports from, or those that it
+    imports."""
     _, base, names = match.groups()
     if base is not None and _file(base).is_file():
         return [base]
@@ -109,7 +111,7 @@ def _aliased(names: str) -> list[tuple[str, str]]:
 
 
 def _relative(source: str) -> str:
-    """The source with its imports from gateskip made relative to the one folder."""
+    """The source with relative imports in place of those from gateskip."""
 
     def rewrite(match: re.Match[str]) -> str:
         space, base, names = match.groups()

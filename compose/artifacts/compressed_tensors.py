@@ -1,14 +1,14 @@
 """A packed model folder in the format of compressed-tensors, which vLLM and transformers read.
 
-The same codes and scales in other tensors (`pack-quantized`: W4A16 and W8A16), so nothing is
-rounded again. Of a layer NAME with weights [n, k] in groups of g:
+The tensors (`pack-quantized`: W4A16 and W8A16) hold the same codes and scales, so no weight is
+rounded again. For a layer NAME with weights [n, k] in groups of g:
 
     NAME.weight_packed      int32 [n, k * bits / 32], codes along the row, lowest bits first
     NAME.weight_scale       [n, k / g]
-    NAME.weight_zero_point  int32 [n * bits / 32, k / g], packed down the column; asymmetric alone
+    NAME.weight_zero_point  int32 [n * bits / 32, k / g], packed down the column; asymmetric only
     NAME.weight_shape       int64 [2]
 
-Embedding and LM head have no form there, and are written as floats.
+The format has no packed embedding and LM head; they are written as floats.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = (4, 8)
-"""Bits for which kernels for these tensors exist."""
+"""Bits that readers have kernels for."""
 SHARD = 4 << 30  # bytes of tensors in one file
 WHOLE_ROW = -1
 OUTER = ("embed_tokens", "lm_head")
@@ -47,13 +47,13 @@ Scheme = tuple[int, int, bool]
 def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
     """Write the packed model in `folder` to the new folder `target`, and read it back.
 
-    Returns `schemes` (as vLLM calls them: W4A16 ...), `layers`, `floats` (layers that were packed
-    and are not any more), `rounded_scales` (whether a reader in the folder's float type rounds the
+    Returns `schemes` (by vLLM's names: W4A16 ...), `layers`, `floats` (layers that were packed and
+    are now floats), `rounded_scales` (whether a reader in the folder's float type rounds the
     scales), and `bytes`.
 
     Raises:
         ArtifactError: the folder cannot be written in this format, or `target` exists.
-        StepError: the tensors do not read back as what was written.
+        StepError: the tensors that were read back differ from those that were written.
     """
     if target.exists():
         raise ArtifactError(f"{target} exists, and is not replaced", fix="name another folder")
@@ -90,7 +90,7 @@ def _refuse_gates(folder: Path) -> None:
 
 
 def _schemes(source: PackedFolder, names: list[str]) -> dict[str, Scheme]:
-    """The scheme of each layer; all are symmetric, or none, because readers fuse q, k and v."""
+    """The scheme of each layer. All are symmetric or none is, because readers fuse q, k and v."""
     schemes = {}
     for name in names:
         layer = source.layer(name)
@@ -98,7 +98,7 @@ def _schemes(source: PackedFolder, names: list[str]) -> dict[str, Scheme]:
             raise ArtifactError(
                 f"{name} has {layer.bits} bits, and readers of compressed-tensors have kernels for"
                 f" {' and '.join(map(str, BITS))}",
-                fix="make the folder with bits of 4 or 8 alone",
+                fix="make the folder with 4 or 8 bits only",
             )
         group = WHOLE_ROW if source.stated.get("group_size") == WHOLE_ROW else layer.group
         schemes[name] = (layer.bits, group, layer.zeros is None)
@@ -128,7 +128,7 @@ def _tensors(
 
 
 def _zeros(layer: IntegerLayer) -> Tensor:
-    """Zero points [n, k / group], those of a symmetric layer written out."""
+    """Zero points [n, k / group]; those of a symmetric layer are filled in."""
     import torch
 
     if layer.zeros is not None:
@@ -157,19 +157,19 @@ def _read_back(
             zeros = unpacked(written(f"{name}.weight_zero_point").T, bits).T
             same &= torch.equal(zeros[: len(layer.codes)], _zeros(layer))
         if not same:
-            raise StepError(f"the codes of {name} do not read back as what was written")
+            raise StepError(f"the codes of {name} differ from those that were written")
         rounded |= _rounds(layer.scale, dtype)
     return rounded
 
 
 def _rounds(scale: Tensor, dtype: Any) -> bool:
-    """Whether a float type does not hold scales exactly."""
+    """Whether a float type rounds some of the scales."""
     return not bool((scale.to(dtype).double() == scale.double()).all())
 
 
 def _dense_linears(folder: Path) -> list[str]:
-    """Names of the layers that are not packed: they have a matrix of floats. An embedding is not a
-    linear layer, but naming it does no harm."""
+    """Names of the layers that are not packed: those with a matrix of floats. The list may name an
+    embedding, which is not a linear layer; readers ignore it."""
     from safetensors import safe_open
 
     names = {"lm_head"}  # also where it shares the embedding's weights, and is in no file

@@ -1,7 +1,7 @@
 """A model folder between stages: lineage, hashes, copies, and the check that it loads again.
 
-An artifact is a Hugging Face folder. Beside the usual files stand `compose.json` (what was done to
-it, written here) and, where it has gates, `gates.safetensors` and `gateskip.json`.
+An artifact is a Hugging Face folder. It has two kinds of further files: `compose.json` (the steps
+that made it, written here) and, with gates, `gates.safetensors` and `gateskip.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 LINEAGE = "compose.json"
 GRID_METHOD = "gateskip"
-"""`quant_method` of our integer grids. The engine's METHOD is the same; reading it loads torch."""
+"""`quant_method` of this project's integer grids. The engine's METHOD is the same, but reading it
+would load torch."""
 GRID_NUMBERS = (".scale", ".minimum")  # whose type is part of the format
 PROBE_TOKENS = 48
 PROBE_TEXT = (
@@ -34,7 +35,7 @@ PROBE_TEXT = (
 """The text whose logits are compared: prose, digits and code, cut at PROBE_TOKENS tokens."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Dtype -> largest difference of two logits that counts as the same model, over their range."""
+"""Dtype -> largest difference of two logits, relative to their range, that counts as equal."""
 
 # Files of a tokenizer, a chat template and a generation config.
 COMPANIONS = (
@@ -54,7 +55,7 @@ def require_model(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder.
 
     Raises:
-        ArtifactError: the folder is absent, or is not a Hugging Face model folder.
+        ArtifactError: the folder does not exist, or is not a Hugging Face model folder.
     """
     if not folder.is_dir():
         raise ArtifactError(f"there is no folder {folder}")
@@ -68,7 +69,7 @@ def require_model(folder: Path) -> dict[str, Any]:
 
 
 def is_gated(folder: Path) -> bool:
-    """Whether the folder has gates, so that gateskip has to load it."""
+    """Whether the folder has gates; then only gateskip can load it."""
     return (folder / GATES).is_file()
 
 
@@ -96,7 +97,8 @@ def lineage(folder: Path) -> list[dict[str, Any]]:
 def write_lineage(
     folder: Path, entry: dict[str, Any], before: list[dict[str, Any]] | None = None
 ) -> None:
-    """Write `before` and then `entry` as the folder's lineage; the entry gets the output's hash."""
+    """Write `before` and then `entry` as the folder's lineage; `entry` gets the hash of the
+    folder."""
     done = {**entry, "output_sha256": hash_folder(folder)}
     write_json(folder / LINEAGE, {"schema_version": 1, "stages": [*(before or []), done]})
 
@@ -104,7 +106,7 @@ def write_lineage(
 def hash_folder(folder: Path, memory: Path | None = None) -> str:
     """SHA-256 over the names and contents of the folder's files, except its lineage.
 
-    Hashes of files are kept in the file `memory`, where it is given.
+    The file `memory`, where given, keeps hashes of files.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
@@ -116,7 +118,8 @@ def hash_folder(folder: Path, memory: Path | None = None) -> str:
 
 
 def place_file(source: Path, target: Path, *, link: bool) -> None:
-    """Put a file in place: as a hard link where allowed and possible, else as a copy."""
+    """Put a file in place: as a hard link where `link` allows and the file system supports it,
+    otherwise as a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
         try:
@@ -139,11 +142,11 @@ def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
     """Fill `target` with the model in `source`, its floating-point weights in `dtype`.
 
     Weights are cast tensor by tensor, a file at a time. A quantized source is not cast, except for
-    the float tensors beside integer grids of our own. Files that need no change are linked when
-    `link` is set: only for folders that nobody edits. Code stays behind.
+    the float tensors beside this project's integer grids. With `link`, files that need no change
+    are hard links; use it only for folders that nobody edits. Code files are not copied.
 
     Raises:
-        AssetError: it has no weights in safetensors.
+        AssetError: the source has no weights in safetensors.
     """
     config = require_model(source)
     packed = config.get("quantization_config") or {}
@@ -195,7 +198,7 @@ def _cast_shard(source: Path, target: Path, dtype: str) -> None:
 
 
 def _place_index(source: Path, target: Path, shards: list[Path]) -> None:
-    """The index of a sharded checkpoint states its total size, which the cast changed."""
+    """Rewrite the total size in a sharded checkpoint's index, which the cast changed."""
     index = read_json(source / "model.safetensors.index.json")
     if isinstance(index, dict):
         total = sum((target / shard.name).stat().st_size for shard in shards)
@@ -206,7 +209,7 @@ def _place_index(source: Path, target: Path, shards: list[Path]) -> None:
 def clean_config(folder: Path) -> None:
     """Remove this machine's paths, and references to code in the folder, from config.json.
 
-    The model's origin is in its lineage.
+    The lineage still has the model's origin.
     """
     config = require_model(folder)
     clean = {
@@ -220,7 +223,7 @@ def probe_ids(folder: Path) -> Tensor:
     """Token ids [1, S] of the probe text, by the folder's tokenizer.
 
     Raises:
-        ArtifactError: the tokenizer makes nothing of English text.
+        ArtifactError: the tokenizer makes no tokens of English text.
     """
     from transformers import AutoTokenizer
 
@@ -247,7 +250,7 @@ def save_probe(folder: Path, path: Path) -> None:
     """Store the folder's probe logits at `path`, for `reload_check` in another process.
 
     Raises:
-        StepError: the logits are not finite: the stage broke the model.
+        StepError: the logits are not finite, so the stage broke the model.
     """
     from safetensors.torch import save_file
 
@@ -258,12 +261,12 @@ def save_probe(folder: Path, path: Path) -> None:
 
 
 def reload_check(folder: Path, reference: Path) -> dict[str, float]:
-    """Load the folder anew and compare its probe logits with those stored at `reference`.
+    """Load the folder again and compare its probe logits with those stored at `reference`.
 
     Returns the largest difference, the range of the reference, and the share of the range allowed.
 
     Raises:
-        StepError: the folder gives other logits than it gave where it was saved.
+        StepError: the folder's logits differ from those in the process that saved it.
     """
     from safetensors.torch import load_file
 

@@ -1,7 +1,7 @@
-"""Checks of a source model before anything is made of it; each refusal names file and tensor.
+"""Checks of a source model before any stage runs; each refusal names file and tensor.
 
-A folder's own code is never run, and weights are never unpickled: both would run untrusted code. A
-tensor that is missing is filled with random numbers by transformers; `load_model` refuses.
+A folder's code is never run, and weights are never unpickled: both would run untrusted code.
+transformers fills a missing tensor with random numbers; `load_model` refuses it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def require_source(folder: Path) -> None:
-    """Refuse a model folder by its files alone: nothing heavy is imported, no weights are read.
+    """Refuse a model folder by its files, without importing libraries or reading weights.
 
     Raises:
         AssetError: its weights are pickled or cut short, or it has no tokenizer.
@@ -48,7 +48,7 @@ def require_source(folder: Path) -> None:
 
 
 def require_config(folder: Path) -> dict[str, Any]:
-    """config.json of a source. Raises AssetError where it is no JSON mapping."""
+    """config.json of a source. Raises AssetError where it is not a JSON mapping."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise AssetError(f"{folder / 'config.json'} is not a readable JSON mapping")
@@ -56,7 +56,7 @@ def require_config(folder: Path) -> dict[str, Any]:
 
 
 def require_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors, pickled weights by name. Raises AssetError."""
+    """Refuse a folder without safetensors; name pickled weights. Raises AssetError."""
     if weight_files(folder):
         return
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
@@ -67,13 +67,13 @@ def require_weights(folder: Path) -> None:
         )
     raise AssetError(
         f"{folder} has pickled weights ({pickled[0]}), which run code when they are read",
-        fix="take a safetensors version; or, where you trust the file, load it with transformers "
+        fix="use a safetensors version; or, if you trust the file, load it with transformers "
         "and save_pretrained it to another folder",
     )
 
 
 def _refuse_code(folder: Path, source: str) -> None:
-    """Refuse an architecture whose code is in the folder and not in transformers."""
+    """Refuse an architecture that transformers lacks, whose code is in the folder."""
     from transformers import CONFIG_MAPPING
 
     config = require_config(folder)
@@ -82,10 +82,10 @@ def _refuse_code(folder: Path, source: str) -> None:
         return
     brings = "auto_map" in config
     named = shortened(repr(kind))
-    why = ", and the code that the folder brings is not run" if brings else ""
+    why = ", and code in a model folder is never run" if brings else ""
     raise AssetError(
         f"{source}: transformers has no model type {named}{why}",
-        fix="take a model whose architecture transformers has",
+        fix="use a model whose architecture transformers has",
     )
 
 
@@ -99,10 +99,12 @@ def _require_indexed(folder: Path, held: set[str]) -> None:
         raise AssetError(f"{folder / INDEX} is not readable JSON that maps tensors to files")
     for file in dict.fromkeys(map(str, named.values())):
         if Path(file).name != file or not (folder / file).is_file():
-            raise AssetError(f"{folder}: {INDEX} names {shortened(repr(file))}, which is not there")
+            raise AssetError(
+                f"{folder}: {INDEX} names {shortened(repr(file))}, which does not exist"
+            )
     lost = [name for name in named if name not in held]
     if lost:
-        raise AssetError(f"{folder}: {INDEX} names the tensor {lost[0]}, which no file holds")
+        raise AssetError(f"{folder}: {INDEX} names the tensor {lost[0]}, which no file has")
 
 
 def require_values(folder: Path, source: str) -> None:
@@ -111,7 +113,7 @@ def require_values(folder: Path, source: str) -> None:
     `source` is the model's name in messages; `folder` may be a temporary one.
 
     Raises:
-        AssetError: with the first such tensor, or with the token that has no row.
+        AssetError: with the first such tensor, or with the token that has no embedding.
     """
     from safetensors import safe_open
 
@@ -149,7 +151,7 @@ def _require_rows(folder: Path, source: str) -> None:
     if beyond:
         token = min(beyond, key=beyond.__getitem__)
         raise AssetError(
-            f"{source}: the tokenizer has {max(vocabulary.values()) + 1} tokens, and the model rows"
-            f" for {rows}: {shortened(repr(token))} is number {beyond[token]}",
-            fix="take the tokenizer that belongs to the model",
+            f"{source}: the tokenizer has {max(vocabulary.values()) + 1} tokens, but the model only"
+            f" {rows} embeddings: {shortened(repr(token))} has the id {beyond[token]}",
+            fix="use the tokenizer that belongs to the model",
         )

@@ -1,4 +1,4 @@
-"""Packed linear layers of a model folder as integers: GPTQ's tensors, and gateskip's own.
+"""Packed linear layers of a model folder as integers, from GPTQ's tensors or gateskip's.
 
     weight[i, j] = scale[i, j / group] * (code[i, j] - zero[i, j / group])
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 GRID = ("codes", "scale", "minimum")
-"""Ends of the names of a packed layer's tensors: the first one has the codes."""
+"""Ends of the names of a packed layer's tensors; the first one has the codes."""
 
 WORD = 32  # bits of an int32 that codes are packed in
 
@@ -38,7 +38,7 @@ class IntegerLayer:
     scale: Tensor
     """[n, k / group], in the type of the file."""
     zeros: Tensor | None
-    """uint8 [n, k / group]: the code that stands for zero; None where it is 2**(bits - 1)."""
+    """uint8 [n, k / group]: the code of the value 0; None where it is 2**(bits - 1)."""
 
     @property
     def group(self) -> int:
@@ -54,10 +54,10 @@ class IntegerLayer:
 
 
 class PackedFolder:
-    """The tensors of a folder whose weights GPTQ's tensors or gateskip's hold.
+    """The tensors of a folder whose weights are packed as GPTQ or as gateskip's grids.
 
     Raises:
-        ArtifactError: it is not such a folder.
+        ArtifactError: the folder has other weights.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,8 +66,8 @@ class PackedFolder:
         self.method = str(self.stated.get("quant_method") or "")
         if self.method not in ("gptq", GRID_METHOD):
             raise ArtifactError(
-                f"the weights in {folder} are {self.method or 'not packed'}, and not by int4, int8,"
-                " gptq or autoround",
+                f"the weights in {folder} are {self.method or 'not packed'}; they must be packed by"
+                " int4, int8, gptq or autoround",
                 fix="put one of these stages at the end of the chain",
             )
         self._files, self._tensor = tensor_files(folder), tensors_of(folder)
@@ -80,7 +80,7 @@ class PackedFolder:
         """Packed linear layers."""
 
     def tensor(self, name: str) -> Tensor | None:
-        """A tensor by its name in the files; None where there is none."""
+        """A tensor by its name in the files; None where the files have none."""
         return self._tensor(name) if name in self._files else None
 
     def others(self) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +95,7 @@ class PackedFolder:
         """A packed layer as integers.
 
         Raises:
-            ArtifactError: its groups have real minima, or are scattered over the row.
+            ArtifactError: its groups have real minima, or their columns are not adjacent.
         """
         parts = [self.tensor(f"{name}.{part}") for part in self._parts]
         if self.method == "gptq":
@@ -112,7 +112,7 @@ class PackedFolder:
         bits = packed.shape[0] * WORD // inputs
         if not torch.equal(groups.long(), torch.arange(inputs) // (inputs // len(scales))):
             raise ArtifactError(
-                f"the groups of {name} are scattered over the row (act_order)",
+                f"the groups of {name} have columns that are not adjacent (act_order)",
                 fix="make the folder with act_order: false",
             )
         codes = unpacked(packed.T, bits)[:, :inputs]
@@ -121,8 +121,8 @@ class PackedFolder:
             zeros = zeros + 1  # the older format stores them one lower
         if int(zeros.max()) >= 2**bits:
             raise ArtifactError(
-                f"zero points of {name} lie outside its {bits} bits: {self.folder} states a format"
-                " that it does not have"
+                f"zero points of {name} exceed its {bits} bits: the config of {self.folder} states"
+                " the wrong format"
             )
         middle = bool((zeros == 2 ** (bits - 1)).all())
         zeros = zeros.to(torch.uint8)
@@ -132,10 +132,10 @@ class PackedFolder:
         """codes [n, k * bits / 8] as a stream of bits, scale [n, k / group]."""
         if minimum is not None:
             raise ArtifactError(
-                f"{self.folder} holds a real minimum for each group (offset: real), and the format"
-                " holds integer zero points alone",
+                f"{self.folder} has a real minimum for each group (offset: real), but the format"
+                " has only integer zero points",
                 fix="make the folder with offset: integer, or write it with `gateskip export FOLDER"
-                " --format gguf`, whose blocks hold real minima",
+                " --format gguf`, whose blocks have real minima",
             )
         from gateskip.quantization.grid import unpack_bits
 
@@ -182,7 +182,7 @@ def tensors_of(folder: Path) -> Callable[[str], Tensor]:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that has each tensor, gates aside."""
+    """Tensor name -> the file that has it, without gates."""
     from safetensors import safe_open
 
     files: dict[str, Path] = {}
@@ -193,8 +193,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def load_as_stored(folder: Path, widen: bool = False) -> Any:
-    """The folder's model, which computes in float32 with its weights in the type that they are
-    stored in: as the file is mapped; `widen` takes them into float32, too."""
+    """The folder's model, which computes in float32 while its mapped weights keep their stored
+    type; `widen` converts the weights to float32, too."""
     from gateskip.quantization.as_stored import compute_in_float32
     from gateskip.quantization.folders import load_model
 
@@ -204,8 +204,8 @@ def load_as_stored(folder: Path, widen: bool = False) -> Any:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the folder's tensors, whatever its config states (`dtype_of`); float32, which
-    holds any, where they differ or are in no safetensors file."""
+    """The stored type of the folder's tensors, whatever its config states (`dtype_of`); float32
+    where they differ or no safetensors file has them."""
     import torch
     from safetensors import safe_open
 

@@ -24,7 +24,7 @@ BITS = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
-"""Bits of a number of each type."""
+"""Bits of one number of each type."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of a file by name.
 
     Raises:
-        ArtifactError: the file is cut short, or is no safetensors file; the message has its name.
+        ArtifactError: the file is cut short, or is not a safetensors file; the message names it.
     """
     try:
         size = file.stat().st_size
@@ -71,16 +71,18 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> Stored:
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise _refused(file, f"its header says nothing readable of the tensor {shown}")
+        raise _refused(file, f"its header has no valid entry for the tensor {shown}")
     if end > data:
         raise _refused(file, f"it is cut short: {shown} ends at byte {end} of {data}")
     bits = BITS.get(dtype)
     if bits is not None and math.prod(shape) * bits != (end - begin) * 8:
-        raise _refused(file, f"{shown} has {end - begin} bytes, too few or many for {list(shape)}")
+        raise _refused(
+            file, f"{shown} has {end - begin} bytes, too few or too many for shape {list(shape)}"
+        )
     return Stored(dtype, shape)
 
 
 def _refused(file: Path, why: str) -> ArtifactError:
     return ArtifactError(
-        f"{file.name} is no whole safetensors file: {why}", fix="fetch or copy the file again"
+        f"{file.name} is not a complete safetensors file: {why}", fix="fetch or copy the file again"
     )

@@ -1,5 +1,5 @@
-"""Writes weights into safetensors files as they are made, with a few gigabytes in memory at
-most."""
+"""Writes weights into safetensors files as they are made, with at most a few gigabytes in
+memory."""
 
 from __future__ import annotations
 

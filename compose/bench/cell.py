@@ -1,7 +1,7 @@
-"""One cell under measurement: a model folder, decoded in one way, in one process.
+"""Measures one cell: a model folder with its decode settings, in one process.
 
-The runner asks for `load`, then `quality` or `lossless`, then `warm` and `speed` turn by turn. Each
-answer is a part of the cell's result, as `compose.results` names it.
+The runner calls `load`, then `quality` or `lossless`, then `warm` and `speed` turn by turn. Each
+answer is a part of the cell's result, by the names of `compose.results`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class CellBench:
         return decoder
 
     def load(self) -> dict[str, Any]:
-        """Bytes on disk and in memory, the kernels chosen, and the arithmetic of both phases."""
+        """Bytes on disk and in memory, the chosen kernels, and the arithmetic of prefill and
+        decoding."""
         decoder = self.decoder
         sizes = {
             "disk_bytes": disk_bytes(self.job.folder),
@@ -94,7 +95,7 @@ class CellBench:
         return bench.measure(reference)
 
     def _saving(self, usage: Usage) -> Saving:
-        """Of the dense model's multiply-adds, those that the cell did not spend."""
+        """Of the dense model's multiply-adds, those that the cell saved."""
         budget = self.settings["budget"] if self.mode == "skip" else 1.0
         dense = dense_work(self.job.baseline_folder)
         return self.decoder.saved(usage, budget, dense, self.settings.get("prompt_budget"))
@@ -102,7 +103,7 @@ class CellBench:
     # -- losslessness and speed ----------------------------------------------------------------
 
     def lossless(self) -> dict[str, Any]:
-        """Speculation against plain decoding, token for token, one prompt at a time."""
+        """Compare speculation with plain decoding, token by token, one prompt at a time."""
         settings = self.job.benchmark["lossless"]
         prompts = load_prompts(
             self.decoder.tokenizer, settings["source"], settings["prompts"], self.job.asset_cache
@@ -125,9 +126,9 @@ class CellBench:
         )
 
     def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
-        """A turn that is not counted; see `SpeedTurns.warm`."""
+        """A turn that does not count; see `SpeedTurns.warm`."""
         return self._turns.warm(which, threads)
 
     def speed(self, which: TurnText) -> dict[str, Any]:
-        """One turn of a shape that was warmed; see `SpeedTurns.measure`."""
+        """One turn of a shape after its warm-up; see `SpeedTurns.measure`."""
         return self._turns.measure(which)

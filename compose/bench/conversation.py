@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from gateskip.decoding.decoder import Decoder
 
 SHARE_OF_ANSWERS = 4
-"""A quarter of the context is kept free for the answer, unless answers are shorter than that."""
+"""A quarter of the context is kept free for the answer, or less where answers are shorter."""
 
 
 class StopRequest:
     """Ctrl-C (SIGINT) inside this context stops an answer with KeyboardInterrupt.
 
-    While the prompt is read it is raised at once. Once tokens are written it is raised by `check`,
-    with the next token: in between the kernels run, and no exception may pass through them.
+    During prefill it is raised at once. After the first token `check` raises it with the next
+    token: in between kernels run, and no exception may pass through them.
     """
 
     def __init__(self) -> None:
@@ -49,14 +49,14 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Note that a token was written; raises KeyboardInterrupt where a stop was requested."""
+        """Note that a token was written; raises KeyboardInterrupt where SIGINT came."""
         self._writing = True
         if self._requested:
             raise KeyboardInterrupt
 
 
 class Conversation:
-    """The turns so far, and the model that answers; `load` comes before all else."""
+    """The turns so far, and the model that answers. Call `load` first."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Conversation:
         """User and assistant in turns, the oldest first."""
 
     def load(self) -> dict[str, Any]:
-        """Load the model and make its draft: {"context"}, the model's tokens at most.
+        """Load the model and make its draft: {"context"}, the most tokens that the model takes.
 
         Raises:
             ArtifactError: the folder has no chat template, or as `decode_settings`.
@@ -83,7 +83,7 @@ class Conversation:
         )
         if not getattr(self.decoder.tokenizer, "chat_template", None):
             raise ArtifactError(
-                f"{self.folder} has no chat template, so it does not know turns",
+                f"{self.folder} has no chat template, so it cannot chat",
                 fix="chat with an instruct model, or continue a text with `gateskip generate`",
             )
         self.context = context_of(self.decoder)
@@ -96,13 +96,13 @@ class Conversation:
         return {}
 
     def say(self, text: str, on_text: Callable[[str], None]) -> dict[str, Any]:
-        """Answer a message: what `answer_ids` gives, and
-        {"context", "used", "dropped", "ended"}.
+        """Answer a message: the result of `answer_ids`, and {"context", "used", "dropped",
+        "ended"}.
 
-        `used` are the tokens of the conversation with this answer, out of `context`. `dropped` are
-        the oldest turns that no longer fit and were forgotten. `ended` is `stopped` (by SIGINT; an
-        answer without text is forgotten with its message), `length` (the limit of tokens), or
-        `done`.
+        `used` is the number of tokens of the conversation with this answer, out of `context`.
+        `dropped` is the number of oldest turns that no longer fit and were forgotten. `ended` is
+        `stopped` (by SIGINT; an answer without text is forgotten with its message), `length` (the
+        limit of tokens), or `done`.
 
         Raises:
             UserError: the message alone does not fit the context; nothing is forgotten.
@@ -134,7 +134,7 @@ class Conversation:
             messages = messages[2:]
 
     def _answer(self, ids: list[int], on_text: Callable[[str], None]) -> dict[str, Any]:
-        """What `answer_ids` gives, or what of it was written before SIGINT; and "ended"."""
+        """The result of `answer_ids`, or of the part written before SIGINT; and "ended"."""
         stream, stop = TextStream(self.decoder.tokenizer, on_text), StopRequest()
         limit = min(self.max_new_tokens, self.context - len(ids))
 
@@ -173,7 +173,8 @@ class Conversation:
 
 
 def context_of(decoder: Decoder) -> int:
-    """Tokens of prompt and answer together that the model takes; a draft has its own room."""
+    """Most tokens of prompt and answer together: the model's positions, without the room that
+    drafts need."""
     from gateskip.decoding.prefill import cache_capacity
 
     positions: int = decoder.skipping.model.config.max_position_embeddings

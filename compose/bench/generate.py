@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 def decode_settings(
     folder: Path, *, budget: float | None = None, speculate: bool | None = None
 ) -> dict[str, Any]:
-    """How a folder is decoded: as it says itself, unless the caller says otherwise.
+    """Decode settings of a folder: its own, changed by those that the caller gives.
 
-    `budget` is the share of branches computed: of the answer, or of drafts when speculating.
+    `budget` is the share of multiply-adds of the answer, or of drafts when speculating.
 
     Raises:
-        ArtifactError: the folder is no model, or skipping is asked of one that has no gates.
+        ArtifactError: the folder has no model, or has no gates although skipping is requested.
     """
     require_model(folder)
     stored = (read_json(folder / "gateskip.json") or {}).get("decode") or {"mode": "plain"}
@@ -64,11 +64,11 @@ def answer(
     stop: Sequence[str] = (),
     on_text: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
-    """Answer a prompt: what `answer_ids` gives.
+    """Answer a prompt: the result of `answer_ids`.
 
-    `sampling` are fields of gateskip.Sampler; without them the most likely token is taken. A folder
-    with a chat template is asked as a chat. `on_text` is given the text piece by piece as it is
-    written. Raises ArtifactError as `decode_settings`.
+    `sampling` has fields of gateskip.Sampler; without it the argmax token is taken. A folder with a
+    chat template gets the prompt as a chat message. `on_text` is given the text piece by piece
+    while it is written. Raises ArtifactError as `decode_settings`.
     """
     decoder, settings = open_decoder(folder, budget=budget, speculate=speculate)
     ids = prompt_ids(decoder.tokenizer, prompt)
@@ -90,7 +90,7 @@ def answer(
 def open_decoder(
     folder: Path, *, budget: float | None = None, speculate: bool | None = None
 ) -> tuple[Decoder, dict[str, Any]]:
-    """A folder's decoder, and how it decodes: see `decode_settings`.
+    """A folder's decoder and its decode settings: see `decode_settings`.
 
     Raises ArtifactError as `decode_settings`, and where the budget was not calibrated.
     """
@@ -108,7 +108,7 @@ def open_decoder(
 
 
 def prepare(decoder: Decoder, settings: Mapping[str, Any]) -> float:
-    """Make or choose the draft that `settings` ask for; how long it took, in seconds."""
+    """Make or choose the draft for `settings`; returns the seconds that it took."""
     begun = time.perf_counter()
     if settings["mode"] == "speculate":
         budget = settings.get("draft_budget") or 1.0
@@ -129,9 +129,9 @@ def answer_ids(
 ) -> dict[str, Any]:
     """Answer token ids: {"text", "tokens", "seconds", "preparing_s", "settings", "stats", "kept"}.
 
-    `seconds` is the answer's time; `preparing_s`, before it, that of making or choosing the draft.
-    `kept` is the share of the branches' multiply-adds that the answer computed; None where it
-    skipped nothing. `on_token` is given each token.
+    `seconds` is the time of the answer; `preparing_s` the time before it to make or choose the
+    draft. `kept` is the share of the branches' multiply-adds that the answer computed; None without
+    skipping. `on_token` is given each token.
     """
     import gateskip
 
@@ -162,17 +162,17 @@ def answer_ids(
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """An answer's tokens as text, without special tokens and without space at its ends."""
+    """An answer's tokens as text, without special tokens and without spaces at its ends."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
 def continue_probe(
     folder: Path, tokens: int, settings: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """The most likely `tokens` ids after the probe text, decoded by `settings`, else as the
-    folder says.
+    """The `tokens` argmax ids after the probe text, decoded by `settings`, or by the folder's own
+    settings.
 
-    Nothing here depends on the clock: a draft length of `auto`, which is timed, becomes 4.
+    The result does not depend on the clock: a draft length of `auto`, which is timed, becomes 4.
     """
     import gateskip
 
@@ -186,7 +186,7 @@ def continue_probe(
 
 
 def stop_token_ids(decoder: Decoder) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and those of the generation config."""
+    """Ids that end an answer: those of the tokenizer and of the generation config."""
     stated = decoder.skipping.model.generation_config.eos_token_id
     listed = stated if isinstance(stated, list) else [stated]
     return sorted({stop for stop in (*listed, decoder.tokenizer.eos_token_id) if stop is not None})
@@ -200,7 +200,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation {"role", "content"}, up to where the model's answer begins."""
+    """Token ids of a conversation {"role", "content"}, up to the place where the model's answer
+    begins."""
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids: list[int] = tokenizer(chat, add_special_tokens=False).input_ids
     return ids
@@ -212,7 +213,7 @@ def load_prompts(
     """The first `count` prompts of a text as token ids; see `prompt_ids`.
 
     Raises:
-        AssetError: it cannot be had, or has fewer.
+        AssetError: the text is not available, or has fewer prompts.
     """
     return [prompt_ids(tokenizer, text) for text in prompt_texts(source, count, cache)]
 
@@ -221,10 +222,10 @@ def prompt_texts(source: str, count: int, cache: Path | None) -> list[str]:
     """The first `count` prompts of a text.
 
     Raises:
-        AssetError: it cannot be had, or has fewer.
+        AssetError: the text is not available, or has fewer prompts.
     """
     data = load_texts(source, count, cache)
     texts = data.prompts or data.rows
     if len(texts) < count:
-        raise AssetError(f"{source} has {len(texts)} prompts, but {count} are asked for")
+        raise AssetError(f"{source} has {len(texts)} prompts, but {count} are needed")
     return texts[:count]

@@ -1,4 +1,4 @@
-"""`gateskip insight`: a text's tokens, and how much compute each of them gets."""
+"""`gateskip insight`: the tokens of a text, and the share of compute of each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def insight(folder: Path, text: str, budget: float | None = None) -> dict[str, A
         raise ArtifactError(str(error), fix="choose another --budget") from error
     ids = tokenizer(text).input_ids
     if not ids:
-        raise ArtifactError("the text is empty", fix="give some with --text")
+        raise ArtifactError("the text is empty", fix="give a text with --text")
     thresholds = thresholds or [float("-inf")] * len(skipping.branches)
     seen = inspect_text(
         skipping.model, skipping.gates, tokenizer, ids, thresholds, skipping.kv_rule

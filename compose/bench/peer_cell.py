@@ -1,7 +1,7 @@
-"""A peer under measurement: another engine on the baseline's folder, in a process of its own.
+"""Measures a peer: another engine on the baseline's folder, in a separate process.
 
-It is asked for what `CellBench` is asked for, on the same text and the same prompts, so that no
-speed of another engine stands without its quality.
+It answers the same calls as `CellBench`, on the same text and the same prompts, so that every speed
+of another engine comes with its quality.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PeerBench:
         return stop_ids(self.job.folder, self.tokenizer)
 
     def load(self) -> dict[str, Any]:
-        """Bytes on disk and in memory, and what it is: versions, build flags, how it is run."""
+        """Bytes on disk and in memory, versions, build flags, and settings."""
         process = self._start(self.job.threads or torch.get_num_threads())
         loaded = process.load(BLOCK + MARGIN, 1)
         self._loaded = (BLOCK + MARGIN, 1)
@@ -89,7 +89,7 @@ class PeerBench:
         }
 
     def _start(self, threads: int) -> PeerProcess:
-        """Its process with so many threads; one with another number is replaced."""
+        """The peer's process with that many threads; a process with another number is replaced."""
         if self._process is None or self._process.threads != threads:
             self._stack.close()
             self._process = self._stack.enter_context(PeerProcess(self.prepared, threads))
@@ -97,8 +97,8 @@ class PeerBench:
         return self._process
 
     def _ready(self, context: int, batch: int, *, exactly: bool = False) -> PeerProcess:
-        """Its process, loaded for `batch` rows of `context` tokens with what follows, or longer
-        ones where it need not be `exactly` that."""
+        """The peer's process, loaded for `batch` rows of `context` tokens and the answer; unless
+        `exactly` is set, a process loaded for longer rows also serves."""
         assert self._process is not None, "a peer is loaded before it is asked for more"
         positions, rows = self._loaded or (0, 0)
         if rows != batch or positions < context or (exactly and positions != context):
@@ -114,8 +114,8 @@ class PeerBench:
     # -- quality -------------------------------------------------------------------------------
 
     def quality(self, reference: Path) -> dict[str, Any]:
-        """What `QualityBench` measures, as far as an engine shows it: text and answers from its own
-        logits, and those tasks whose answers are written."""
+        """The quality that `QualityBench` measures, as far as an engine shows it: text and answers
+        from its logits, and the tasks with written answers."""
         settings, cache = self.job.benchmark["quality"], self.job.asset_cache
         record: dict[str, Any] = {}
         own_answers = settings["own_answers"]
@@ -148,16 +148,16 @@ class PeerBench:
         return record
 
     def lossless(self) -> dict[str, Any]:
-        """Never asked of a peer: nothing of ours speculates in it."""
+        """Never called: peers have no lossless check."""
         raise AssertionError("a peer has no lossless check")
 
     @property
     def device(self) -> torch.device:
-        """Where logits come to lie."""
+        """The device of the logits."""
         return torch.device("cpu")
 
     def hidden(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
-        """Token ids [B, S] -> logits [B, S, V] as the engine computes them, for `head` to keep."""
+        """Token ids [B, S] -> logits [B, S, V] of the engine, which `head` returns unchanged."""
         assert lengths is None, "rows of one length"
         process = self._ready(input_ids.shape[1] + MARGIN, 1)
         with tempfile.TemporaryDirectory(prefix="gateskip-") as scratch:
@@ -165,20 +165,20 @@ class PeerBench:
             return torch.from_numpy(written.copy())
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits as they are."""
+        """The logits unchanged."""
         return hidden
 
     def generate(
         self, prompts: Sequence[list[int]], new_tokens: int, stop_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """Greedy continuations, through the engine's own batching."""
+        """Greedy continuations by the engine's batching."""
         longest = max(map(len, prompts))
         process = self._ready(longest + new_tokens + MARGIN, len(prompts))
         tokens: list[list[int]] = process.generate(prompts, new_tokens, list(stop_tokens))["tokens"]
         return tokens
 
     def answer_logits(self, prompts: Rows, answers: Rows) -> list[Tensor]:
-        """Of each answer, the logits [T, V] that predict its T tokens, read as one prompt."""
+        """For each answer, the logits [T, V] that predict its T tokens, from one prefill."""
         led = []
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = torch.tensor([[*prompt, *answer[:-1]]])
@@ -188,12 +188,13 @@ class PeerBench:
     # -- speed ---------------------------------------------------------------------------------
 
     def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
-        """Load for a shape and run a whole turn that is not counted: nothing is compiled later."""
+        """Load for a shape and run one turn that does not count, so that nothing is compiled
+        later."""
         self._start(self.job.threads or threads)
         return self._turn(which)
 
     def speed(self, which: TurnText) -> dict[str, Any]:
-        """One turn; the fields of `SpeedTurns.measure`, as far as an engine tells them.
+        """One turn; the fields of `SpeedTurns.measure`, as far as an engine reports them.
 
         Raises:
             StepError: the engine compiled something while it was timed.
@@ -237,7 +238,7 @@ class PeerBench:
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and those of the folder's configs."""
+    """Ids that end an answer: those of the tokenizer and of the folder's configs."""
     stated = [tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
         ends = (read_json(folder / name) or {}).get("eos_token_id")

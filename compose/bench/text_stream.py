@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def silent(text: str) -> None:
-    """Show a piece of text to nobody."""
+    """Ignore a piece of text."""
 
 
 class TextStream:
-    """Decodes tokens one by one, and gives each piece of text as soon as it is complete.
+    """Decodes tokens one by one, and gives each piece of text once it is complete.
 
-    A character of several bytes may need several tokens: the tokenizer's own DecodeStream waits
-    for all of them. Space at either end of the answer is left out, as `answer_text` does.
+    A character of several bytes may need several tokens: the tokenizer's own DecodeStream waits for
+    all of them. Spaces at either end of the answer are left out, as in `answer_text`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
@@ -48,7 +48,7 @@ class TextStream:
             return self._stream.step(self._backend, token) or ""
 
     def finish(self, text: str) -> None:
-        """Give what is missing of the whole answer: a character that was never completed, say."""
+        """Give the rest of the whole answer, such as a character that was never completed."""
         if text.startswith(self._shown):
             self._give(text[len(self._shown) :])
 

@@ -1,6 +1,6 @@
-"""The section `limits`: what a step and a cell may take of the machine. No part of any key.
+"""The section `limits`: time and memory that a step or a cell may use. Limits change no key.
 
-`SECTION` is how every section of a file is read: frozen, unknown keys refused.
+`SECTION` holds the rules by which every section of a file is read: frozen, unknown keys refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SECTION = ConfigDict(
     allow_inf_nan=False,
     populate_by_name=True,
 )
-"""The settings of the models that a pipeline file is read into."""
+"""pydantic's settings for every section of a pipeline file."""
 
 
 Amount = Annotated[float, Field(gt=0)]
@@ -30,20 +30,20 @@ class Limit(_Section):
     """Limits of one step or one cell; a limit that is left out does not apply."""
 
     seconds: Amount | None = None
-    """How long one of its processes may work, in seconds. Time in which a process waits for its
-    turn is not counted."""
+    """Longest time that one process of the step or cell may work, in seconds. The time in which a
+    process waits for its turn does not count."""
 
     memory_mb: Amount | None = None
-    """The most memory that one of its processes may hold, in megabytes. It is looked at once a
+    """Most memory that one process of the step or cell may use, in megabytes. It is checked once a
     second."""
 
 
 class Limits(_Section):
-    """Limits at which a step or a cell is ended. Its result names the limit; the others go on, and
-    `gateskip run --retry-failed` tries it again."""
+    """Limits at which a step or a cell is stopped. Its result names the limit, and the other steps
+    and cells continue. `gateskip run --retry-failed` runs it again."""
 
     step: Limit = Limit()
-    """Limits of making one model folder, and of loading it again."""
+    """Limits for making one model folder, and for loading it again as a check."""
 
     cell: Limit = Limit()
-    """Limits of loading and scoring one cell, and of its turns of speed."""
+    """Limits for loading and scoring one cell, and for its speed measurements."""

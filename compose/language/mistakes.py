@@ -1,4 +1,4 @@
-"""Mistakes in a pipeline file as problems in plain words, at the key or value at fault: what
+"""Turns mistakes in a pipeline file into problems in plain words, each at its key or value: what
 pydantic refuses, and a file that names no variant to make."""
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from compose.language.schema import Chain, Export, Pipeline
 from compose.stages.registry import STAGES
 
 MOST_SUGGESTED = 5
-"""Stages for which a fix writes a line."""
+"""Most stages for which a fix suggests a line."""
 
 
 def first_mistake(problems: Iterable[Problem], source_map: SourceMap) -> PipelineError:
-    """The problem that comes first in the file, as an error that also counts the others."""
+    """The first problem in the file as an error, which also counts the others."""
     located = [
         source_map.locate(
             PipelineError(problem.message, fix=problem.fix), problem.loc, at_key=problem.at_key
@@ -37,10 +37,11 @@ def first_mistake(problems: Iterable[Problem], source_map: SourceMap) -> Pipelin
 
 
 def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem]:
-    """One problem a place: the expectations of a union's branches go into one sentence.
+    """One problem per place; the alternatives of a union are joined into one sentence.
 
-    A key that is missing beside an unknown one is most likely misspelt, so only the unknown one is
-    reported. Of a mapping where a number is allowed, too, only the mistakes inside it are reported.
+    A missing key beside an unknown key is most likely misspelt, so only the unknown key is
+    reported. Where a number or a mapping is allowed and the file has a mapping, only the mistakes
+    inside it are reported.
     """
     details = error.errors(include_url=False)
     misspelt = {detail["loc"][:-1] for detail in details if detail["type"] == "extra_forbidden"}
@@ -70,13 +71,14 @@ def no_variants(pipeline: Pipeline) -> Problem:
     """The problem of a file without `pipelines`, `matrix` and `search`, with the lines to add."""
     default = "`matrix: default` (gates, 8 or 4 bits and ways of decoding, in every combination)"
     if not pipeline.stages:
-        message = "the file names a model, and no variant of it to make"
+        message = "the file names a model but no variant of it"
         fix = f"add the line {default}, or name `stages` and `pipelines`"
         return Problem(("model",), message, fix=fix, at_key=True)
-    message = "the file names stages, and no variant to make with them"
+    message = "the file names stages but no variant that uses them"
     lines = [f"\n      {chain[-1]}: [{', '.join(chain)}]" for chain in _short_chains(pipeline)]
     if lines:
-        fix = f"add these lines, one a variant:\n    pipelines:{''.join(lines)}\n  or add {default}"
+        rows = "".join(lines)
+        fix = f"add these lines, one for each variant:\n    pipelines:{rows}\n  or add {default}"
     else:
         fix = f"name chains of stages under `pipelines`, or add {default}"
     return Problem(("stages",), message, fix=fix, at_key=True)
@@ -91,7 +93,7 @@ def _short_chains(pipeline: Pipeline) -> Iterator[Chain]:
 
 
 def _is_allowed(pipeline: Pipeline, chain: Chain) -> bool:
-    """Whether a chain breaks no order rule, as far as is known without the model."""
+    """Whether a chain keeps all order rules that can be checked without the model."""
     stages = [pipeline.stages[name] for name in chain]
     try:
         for index, stage in enumerate(stages):
@@ -108,8 +110,8 @@ def _only_counts_the_good(detail: ErrorDetails) -> bool:
 
 
 def _in_file(loc: Loc, raw: Any) -> Loc:
-    """pydantic's place without the parts that only name a branch of a union, and with the group
-    that a parameter of a stage is written in."""
+    """pydantic's place without the parts that only name a branch of a union, and with the group in
+    which the file writes a stage's parameter."""
     place: list[str | int] = []
     for number, part in enumerate(loc):
         if number == 2 and loc[0] == "stages" and isinstance(raw, dict) and part == raw.get("use"):
@@ -128,7 +130,7 @@ def _in_file(loc: Loc, raw: Any) -> Loc:
 
 
 def _group_of(parameter: str, raw: Any) -> str | None:
-    """The group in which a stage, `raw`, has a parameter; None where it stands by itself."""
+    """The group in which a stage, `raw`, has a parameter; None where it is outside all groups."""
     stage = STAGES.get(str(raw.get("use"))) if isinstance(raw, dict) else None
     if stage is None or parameter in raw:
         return None
@@ -148,7 +150,9 @@ def _refusal(loc: Loc, details: list[ErrorDetails], raw: Mapping[str, Any]) -> P
         where = f"{parent} lacks" if parent else "the file lacks"
         return Problem(loc, f"{where} the key {str(loc[-1])!r}")
     if kind == "union_tag_not_found":
-        return Problem(loc, f"{_dotted(loc)} lacks the key 'use': known: {', '.join(STAGES)}")
+        return Problem(
+            loc, f"{_dotted(loc)} lacks the key 'use'; known stages: {', '.join(STAGES)}"
+        )
     if kind == "union_tag_invalid":
         named = str(value.get("use")) if isinstance(value, Mapping) else str(value)
         return Problem(
@@ -222,7 +226,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, as the end of "expected ..., not ..."."""
+    """A value's kind in words, as the end of "expected ..., not ..."."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, Mapping):

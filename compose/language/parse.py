@@ -1,9 +1,9 @@
 """A YAML file -> `Pipeline`, with every mistake reported at its file, line and column.
 
-The file becomes plain values and a map of their positions (`read_yaml`), pydantic reads the
-values strictly (no text for a number), and what it refuses is worded anew (`mistakes`). Of YAML
-only what a pipeline needs is accepted: mappings, lists, text, numbers, booleans, null; and no more
-of them, nor deeper, than a person writes, so that no file keeps us busy.
+`read_yaml` turns the file into plain values and a map of their positions. pydantic reads the values
+strictly (a text is never read as a number), and `mistakes` words what it refuses. Only the YAML
+that a pipeline needs is accepted: mappings, lists, text, numbers, booleans, null. Their number and
+depth are limited, so that no file takes long to read.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from compose.stages.registry import STAGES
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
 MOST_BYTES = 1 << 16
-"""Of a pipeline file: twenty times the longest that ships."""
+"""Largest pipeline file, in bytes: twenty times the longest that ships."""
 LONGEST_NAME = 255
-"""Bytes of a file's name, on every file system in use."""
+"""Longest file name, in bytes, that every common file system accepts."""
 MOST_PROBLEMS = 1000
-"""Mistakes of which the first is looked for; each may cost a comparison with many names."""
+"""Most mistakes that are compared to find the first one; each may be compared with many names."""
 
 
 def load_pipeline(path: str | Path) -> Pipeline:
@@ -65,8 +65,8 @@ def load_pipeline(path: str | Path) -> Pipeline:
 
 
 def _without_groups(source_map: SourceMap, stages: Mapping[str, Any]) -> SourceMap:
-    """The places of a valid file, with each parameter in a group of its stage also as if it stood
-    beside the group, where the stage has it."""
+    """The places of a valid file. A parameter in a group of its stage is also found without the
+    group, where the stage has it."""
     values, keys = dict(source_map.values), dict(source_map.keys)
     for name, stage in stages.items():
         for group in STAGES[stage["use"]].groups:
@@ -97,7 +97,7 @@ def _text_of(file: Path) -> str:
         raise PipelineError(f"cannot read it: {error.strerror}", file=file) from None
     if len(data) > MOST_BYTES:
         kib = MOST_BYTES >> 10
-        raise PipelineError(f"the file has more than {kib} KiB: no pipeline is as long", file=file)
+        raise PipelineError(f"the file is larger than {kib} KiB, the limit", file=file)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -111,7 +111,8 @@ def _text_of(file: Path) -> str:
 
 
 def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Problem]]:
-    """Make the paths of inputs absolute, from the YAML file's `folder`; tell which are missing."""
+    """Make the paths of inputs absolute, from the YAML file's `folder`, and report those that do
+    not exist."""
     paths = _Paths(folder)
     data, benchmark = pipeline.data, pipeline.benchmark
     splits = {
@@ -148,14 +149,14 @@ def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Pro
 
 
 class _Paths:
-    """Makes paths absolute from one folder, and remembers those that lead nowhere."""
+    """Makes paths absolute from one folder, and remembers those that do not exist."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.missing: list[Problem] = []
 
     def _absolute(self, path: str | Path) -> Path:
-        """From the root, without `..`: a path that is part of a key has one spelling."""
+        """The absolute path without `..`, so that a path in a key has one spelling."""
         home = os.path.expanduser(path)  # unlike Path's, it keeps `~nobody`
         return Path(os.path.normpath(self._folder / home))
 
@@ -163,7 +164,7 @@ class _Paths:
         """A file that must exist."""
         absolute = self._absolute(path)
         if not os.path.isfile(absolute):  # unlike Path's, it accepts a name that is too long
-            fix = "paths are taken from the folder of this YAML file"
+            fix = "paths are relative to the folder of this YAML file"
             self.missing.append(Problem(loc, f"there is no file {str(absolute)!r}", fix))
         return str(absolute)
 
@@ -199,9 +200,9 @@ class _Paths:
         return source
 
     def _refuse_long(self, source: str, loc: Loc) -> None:
-        """Refuse an alias or hub id that no file system could hold as a name."""
+        """Refuse an alias or hub id that is too long for a file name."""
         if max(len(os.fsencode(part)) for part in source.split("/")) > LONGEST_NAME:
-            message = f"{shortened(source)!r} is longer than the name of any model or data set"
+            message = f"{shortened(source)!r} is too long for the name of a model or data set"
             self.missing.append(Problem(loc, message))
 
 
@@ -210,16 +211,17 @@ def _looks_local(source: str) -> bool:
 
 
 MOST_VALUES = 5_000
-"""Values in a file, each counted again wherever an alias repeats it."""
+"""Most values in a file. A value counts again wherever a YAML alias repeats it."""
 MOST_NESTED = 64
-"""How deep lists and mappings may stand inside each other."""
+"""Deepest nesting of lists and mappings."""
 
 _TAG = "tag:yaml.org,2002:"
 _CONSTRUCTED = {_TAG + kind for kind in ("null", "bool", "int", "float")}
 _COLLECTIONS = {_TAG + kind for kind in ("map", "seq")}
 _AS_TEXT = {_TAG + kind for kind in ("str", "timestamp")}
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters, which escapes such as "\\0" can write, and halves of surrogate pairs."""
+"""Characters that a text may not contain: control characters, which escapes such as "\0" can write,
+and lone surrogates."""
 
 
 def read_yaml(text: str, file: str) -> tuple[dict[str, Any], SourceMap]:
@@ -255,14 +257,14 @@ def _refuse_size(text: str, file: str) -> None:
     for count, event in enumerate(YAML(typ="safe", pure=True).parse(text)):
         if count > 2 * MOST_VALUES:  # keys and ends are events, too
             line = event.start_mark.line + 1
-            message = f"the file holds more than {MOST_VALUES} values"
+            message = f"the file has more than {MOST_VALUES} values"
             raise PipelineError(message, file=file, line=line)
         if isinstance(event, CollectionStartEvent):
             depth += 1
             if depth > MOST_NESTED:
                 mark = event.start_mark
                 raise PipelineError(
-                    f"more than {MOST_NESTED} lists or mappings stand inside each other here",
+                    f"lists and mappings are nested more than {MOST_NESTED} deep here",
                     file=file,
                     line=mark.line + 1,
                     column=mark.column + 1,
@@ -301,12 +303,12 @@ class _Reader:
     def value(self, node: Node, loc: Loc) -> Any:
         self._values[loc] = _mark(node)
         if id(node) in self._open:
-            raise self._refuse(node, "this alias stands inside its own anchor")
+            raise self._refuse(node, "this alias refers to a value that contains it")
         self._count += 1
         if self._count > MOST_VALUES or len(self._open) > MOST_NESTED:
             raise self._refuse(
                 node,
-                f"with its aliases written out, the file holds more than {MOST_VALUES} values or "
+                f"with its aliases written out, the file has more than {MOST_VALUES} values or "
                 f"{MOST_NESTED} levels here",
             )
         self._open.append(id(node))
@@ -315,7 +317,7 @@ class _Reader:
                 return self._scalar(node)
             if str(node.tag) not in _COLLECTIONS:
                 raise self._refuse(
-                    node, f"the tag {shortened(repr(str(node.tag)))} means nothing here"
+                    node, f"the tag {shortened(repr(str(node.tag)))} is not supported"
                 )
             if isinstance(node, MappingNode):
                 return self._mapping(node, loc)
@@ -332,24 +334,24 @@ class _Reader:
             name = self._key(key)
             if name in stated:
                 first, shown = self._keys[(*loc, name)][0], shortened(repr(name))
-                raise self._refuse(key, f"the key {shown} stands here again (first: line {first})")
+                raise self._refuse(key, f"the key {shown} is given twice (first on line {first})")
             self._keys[(*loc, name)] = _mark(key)
             stated[name] = self.value(value, (*loc, name))
         return merged | stated
 
     def _merged(self, node: Node, loc: Loc) -> dict[str, Any]:
-        """What `<<: *base` brings in; the first of several bases wins."""
+        """The keys that `<<: *base` brings in; the first of several bases wins."""
         bases = node.value if isinstance(node, SequenceNode) else [node]
         merged: dict[str, Any] = {}
         for base in bases:
             if not isinstance(base, MappingNode):
-                raise self._refuse(base, "'<<' takes a mapping")
+                raise self._refuse(base, "'<<' needs a mapping")
             merged = self.value(base, loc) | merged
         return merged
 
     def _key(self, node: Node) -> str:
         if not isinstance(node, ScalarNode) or str(node.tag) == _TAG + "null":
-            raise self._refuse(node, "a key is a word")
+            raise self._refuse(node, "a key must be text")
         return self._text(node)
 
     def _scalar(self, node: Node) -> Any:
@@ -359,15 +361,15 @@ class _Reader:
                 return self._yaml.constructor.construct_object(node)
             except (ValueError, KeyError, TypeError, IndexError, OverflowError):
                 kind, shown = tag.removeprefix(_TAG), shortened(repr(node.value))
-                raise self._refuse(node, f"{shown} is no {kind} that can be read") from None
+                raise self._refuse(node, f"{shown} cannot be read as {kind}") from None
         if tag in _AS_TEXT:
             return self._text(node)
-        raise self._refuse(node, f"the tag {shortened(repr(tag))} means nothing here")
+        raise self._refuse(node, f"the tag {shortened(repr(tag))} is not supported")
 
     def _text(self, node: Node) -> str:
         text = str(node.value)
         if (match := _NO_TEXT.search(text)) is not None:
-            raise self._refuse(node, f"this text holds the character U+{ord(match[0]):04X}")
+            raise self._refuse(node, f"this text contains the character U+{ord(match[0]):04X}")
         return text
 
     def _refuse(self, node: Node, message: str) -> PipelineError:

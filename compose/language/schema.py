@@ -1,7 +1,7 @@
-"""The pipeline language as frozen models: unknown keys refused, one docstring a field.
+"""The pipeline language as frozen models: unknown keys refused, one docstring per field.
 
 `language.parse.load_pipeline` reads a file into a `Pipeline`; a program may also build one itself.
-pydantic checks each field by itself; `Pipeline.problems` finds names that point at nothing. The
+pydantic checks each field by itself; `Pipeline.problems` finds names that refer to nothing. The
 planner checks whether chains break a rule.
 """
 
@@ -45,15 +45,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 def _name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{shortened(repr(name))} is not a name: take letters, digits, '_', '.' and '-', "
-            "a letter or digit first"
+            f"{shortened(repr(name))} is not a name: use letters, digits, '_', '.' and '-', "
+            "and begin with a letter or digit"
         )
     return name
 
 
 def _free_name(name: str) -> str:
     if name in RESERVED:
-        raise ValueError(f"{name!r} already means something here: take another name")
+        raise ValueError(f"{name!r} is a reserved name: take another")
     return _name(name)
 
 
@@ -74,7 +74,8 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_a_written_task(tasks: tuple[str, ...]) -> tuple[str, ...]:
-    """The tasks, and one with written answers where none of them is known to have them."""
+    """The tasks, with one of written answers added where none of them is known to have written
+    answers."""
     written = [name for name in tasks if name in TASKS and TASKS[name].writes]
     return tasks if written or not tasks else (*tasks, WRITTEN_TASK)
 
@@ -116,32 +117,33 @@ class Model(_Section):
     """An alias, a hub id, a local folder or a GGUF file (relative to this file)."""
 
     keep_blocks: bool = False
-    """Of a GGUF file: keep the weights in its Q4_0, Q4_1 and Q8_0 blocks, not rounded again. Else,
-    and where they are stored in other ways, weights are dequantized."""
+    """For a GGUF file: keep weights in Q4_0, Q4_1 and Q8_0 blocks exactly as they are. Otherwise,
+    and for all other block types, weights are dequantized."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The type in which weights that are not quantized are kept and computed."""
+    """The type in which weights that are not quantized are stored and computed."""
 
 
 class TrainSpec(DataSpec):
     """The texts that gates and healing learn from."""
 
     limit: Count = 2000
-    """How many rows of text are taken, in a fixed order."""
+    """How many rows of text are taken, always the same ones."""
 
 
 class Data(_Section):
     """The texts that stages read. Benchmarks have their own."""
 
     train: TrainSpec = TrainSpec()
-    """For stages that train: gate, heal."""
+    """Text for stages that train: `gate`, `heal`, `draft-network`."""
 
     calibration: DataSpec = DataSpec()
-    """Text for stages that only measure: thresholds, block influence, pruning, GPTQ."""
+    """Text for stages that only measure: threshold calibration, layer importance, pruning,
+    rounding."""
 
 
 class Matrix(BaseModel):
-    """Every combination of one choice an axis. All keys but `exclude` are axes, in chain order."""
+    """Every combination of one choice per axis. All keys but `exclude` are axes, in chain order."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
     __pydantic_extra__: dict[str, Annotated[tuple[Choice, ...], Field(min_length=1)]] = Field(
@@ -149,7 +151,7 @@ class Matrix(BaseModel):
     )
 
     exclude: tuple[dict[str, Choice], ...] = ()
-    """Combinations to leave out: each entry names a choice for some of the axes."""
+    """Combinations to leave out. Each entry names a choice for one or more axes."""
 
     @property
     def axes(self) -> dict[str, tuple[Chain, ...]]:
@@ -166,25 +168,26 @@ class Search(_Section):
     matrix, or else one axis for each kind of stage, with `none`."""
 
     vary: dict[Text, dict[Text, tuple[Any, ...]]] = {}
-    """Stage -> parameter -> the values that it may take: `{narrow: {ratio: [0.05, 0.1]}}`. Where
-    the axes are left out, too, widths and layers vary around their own values."""
+    """Stage -> parameter -> the values to try: `{narrow: {ratio: [0.05, 0.1]}}`. When both this and
+    `axes` are left out, widths and numbers of layers vary around their values in `stages`."""
 
     probes: Count = 48
-    """Chains measured on the first rung, at most. A space that is not larger is measured whole."""
+    """Most chains measured in the first round. A smaller space is measured completely."""
 
     batch: Count = 8
-    """Chains that are proposed and measured together; the next ones follow from their results."""
+    """Chains proposed and measured together; their results decide which chains come next."""
 
     tokens: Annotated[int, Field(ge=2)] = 2048
-    """Tokens on which the first rung scores; each further rung has four times as many, and the last
-    is the file's own benchmark."""
+    """Tokens scored in the first round. Each further round scores four times as many; the last
+    round runs the whole benchmark of the file."""
 
     finalists: Count = 6
-    """Chains that come to the last rung, more where intervals still reach the bound."""
+    """Chains that reach the last round. More reach it where their intervals still include the
+    bound."""
 
 
 class Sampling(_Section):
-    """How tokens are drawn; the fields mean what they do in transformers."""
+    """How tokens are sampled; the fields mean what they mean in transformers."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.7
     """Divides the logits."""
@@ -206,47 +209,53 @@ class Speed(_Section):
     """Length of the prompt that is prefilled."""
 
     new_tokens: Count = 128
-    """Tokens decoded after it, each time that a cell has its turn."""
+    """Tokens decoded after the prompt, each time that a cell has its turn."""
 
     min_seconds: Annotated[float, Field(ge=0)] = 2.0
-    """How long every cell decodes in one repeat, in turns that alternate over all cells."""
+    """Seconds that every cell decodes in one repeat, in short turns that alternate over all cells.
+    """
 
     repeats: Count = 5
-    """Interleaved rounds over all cells; every one is kept, the median is reported."""
+    """Interleaved rounds over all cells. Every round is recorded; the median is reported."""
 
     one_process: bool = False
-    """Whether all cells of ours are timed in one process, into which each round loads them anew, in
-    another order. A process can be a few percent faster or slower than an equal one for as long as
-    it lives; one process makes this the same for all cells, and the placement of weights changes
-    with the rounds. The peak memory of each cell is not measured then."""
+    """Whether one process times all cells (other engines keep their own). Each round loads the
+    cells anew, in another order. Two processes that run the same code can differ by a few percent
+    in speed for as long as they live; in one process this is the same for all cells, and the
+    placement of weights in memory changes with the rounds. The peak memory of each cell is not
+    measured then."""
 
     batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
         1,
     )
-    """Prompts run at once, one measurement each."""
+    """Batch sizes to measure: how many prompts run at once, one measurement each."""
 
     contexts: Annotated[tuple[Count, ...], AfterValidator(_no_repeats)] = ()
     """Further prompt lengths, measured with one prompt at a time."""
 
     prompts: Text | None = None
-    """Prompts by category (an alias or a file), continued to their end instead of running text."""
+    """Prompts by category (an alias or a file) that are continued to their end. When left out,
+    speed is measured on running text."""
 
     prompts_per_category: Count | None = None
-    """How many of each category a round reads, the next ones in every round; all when left out."""
+    """Prompts of each category in one round; the next round takes the next ones. When left out,
+    all."""
 
     sampling: Sampling | None = None
-    """How tokens are drawn while speed is measured; greedily when left out. Texts then differ from
-    cell to cell, and other engines, which are timed greedily, cannot take part."""
+    """How tokens are sampled while speed is measured; greedy decoding when left out. With sampling,
+    texts differ from cell to cell, and other engines, which are timed greedily, cannot take part.
+    """
 
 
 class OwnAnswers(_Section):
-    """The prompts that the dense model answers; other cells are compared along its answers."""
+    """The prompts that the dense model answers. Other cells are compared with it along these
+    answers."""
 
     source: Text = "prompts"
     """Where the prompts come from: an alias, a hub data set id, or a path."""
 
     prompts: Count = 16
-    """How many are answered."""
+    """Number of prompts."""
 
     new_tokens: Count = 64
     """Tokens of an answer, at most."""
@@ -268,8 +277,8 @@ class Quality(_Section):
         tuple[Text, ...], AfterValidator(_no_repeats), AfterValidator(_with_a_written_task)
     ] = ()
     """Tasks of lm-eval. Where none of them has written answers, `arithmetic` is added: skipping
-    costs little in likelihoods and much in written text, so every mean includes a task with written
-    answers."""
+    costs little in tasks scored by likelihood and much in written answers, so every mean must
+    include written answers."""
 
     limit: Count = 500
     """Questions taken of each task."""
@@ -278,18 +287,18 @@ class Quality(_Section):
     """Sequences scored at once."""
 
     own_answers: OwnAnswers | None = OwnAnswers()
-    """KL to the dense model on answers that it wrote itself, and how far greedy answers agree with
-    them, all as the cell decodes; null measures none."""
+    """Compare each cell with the dense model on answers that the dense model wrote: the KL, and how
+    long greedy answers agree. The cell decodes as it does in use. Null leaves this out."""
 
 
 class Lossless(_Section):
-    """How speculation is compared with plain decoding, token for token."""
+    """How the text of speculation is compared with that of plain decoding, token by token."""
 
     prompts: Count = 16
-    """How many prompts are continued."""
+    """Number of prompts."""
 
     new_tokens: Count = 64
-    """Tokens compared a prompt."""
+    """Tokens of each prompt's continuation that are compared."""
 
     source: Text = "prompts"
     """Where the prompts come from: an alias, a hub data set id, or a path."""
@@ -299,17 +308,17 @@ class Benchmark(_Section):
     """The measurements of every cell."""
 
     baseline: Text = DENSE
-    """The cell that speed and quality are compared with."""
+    """The cell that all others are compared with, in speed and in quality."""
 
     against: Annotated[
         tuple[Text, ...],
         BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
         AfterValidator(_no_repeats),
     ] = ()
-    """Other engines on the untouched model, each a cell of its own: `llama.cpp:q4_k_m`, ..."""
+    """Other engines that run the untouched model, each a cell: `llama.cpp:q4_k_m`, ..."""
 
     threads: Count | None = None
-    """Threads a cell computes with; when left out, as many as the machine has cores."""
+    """Threads that a cell computes with; when left out, one for each core of the machine."""
 
     speed: Speed = Speed()
     """Tokens per second and time to first token."""
@@ -318,14 +327,14 @@ class Benchmark(_Section):
     """Perplexity, agreement with the dense model, and tasks."""
 
     lossless: Lossless = Lossless()
-    """Whether speculation changes the text."""
+    """Whether to check that speculation writes the same text as plain decoding."""
 
 
 class Export(_Section):
-    """Where one cell is exported to."""
+    """The destination of one exported cell."""
 
     to: Text
-    """The folder, relative to the one in which the command runs."""
+    """The folder, relative to the working directory of the command."""
 
 
 DEFAULT_STAGES: dict[str, Stage] = {
@@ -347,8 +356,8 @@ DEFAULT_MATRIX = Matrix.model_validate(
 
 
 class Pipeline(_Section):
-    """A whole pipeline file. One that a program builds may name no variant; then its plan has the
-    dense model and the other engines alone."""
+    """A whole pipeline file. A `Pipeline` that a program builds may name no variant: its plan then
+    has the dense model and the other engines alone."""
 
     schema_version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
         default=1, alias="schema"
@@ -359,12 +368,13 @@ class Pipeline(_Section):
     """Name of the run, and of the folder it fills."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of everything that draws numbers."""
+    """Seed of all random numbers."""
 
     more_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
-    """Further seeds: weights are made and their quality is measured again with each of them.
+    """Further seeds. Weights are made and their quality is measured once more with each of them.
 
-    The report has means with intervals."""
+    The report has means with intervals.
+    """
 
     model: Model
     """The model that is compressed."""
@@ -373,17 +383,17 @@ class Pipeline(_Section):
     """The texts that stages read."""
 
     stages: dict[FreeName, AnyStage] = {}
-    """The stages of chains: a name for each stage with its parameters."""
+    """The stages of chains: name -> stage with its parameters."""
 
     pipelines: dict[VariantName, tuple[Text, ...]] = {}
-    """Named chains; one that breaks a rule is an error."""
+    """Named chains of stages. A chain that breaks an order rule is an error."""
 
     matrix: Annotated[
         Matrix | None,
         BeforeValidator(_matrix, json_schema_input_type=Literal["default"] | Matrix | None),
     ] = None
-    """Every combination of one choice an axis; those that break a rule are left out. `default`
-    stands for gates, quantizers and decoders: `gateskip validate` lists them."""
+    """Every combination of one choice per axis. Combinations that break an order rule are left out.
+    `default` stands for gates, quantizers and decoders; `gateskip validate` lists them."""
 
     search: Search | None = None
     """The chains that `gateskip search` may build; `gateskip run` ignores it."""
@@ -392,10 +402,10 @@ class Pipeline(_Section):
     """The measurements of every cell."""
 
     limits: Limits = Limits()
-    """Limits on time and memory of a step and of a cell. Not limited when left out."""
+    """Limits on time and memory of a step and of a cell. Without limits when left out."""
 
     export: dict[Text, Export] = {}
-    """Cells to export when the run ends: name -> where to."""
+    """Cells to export when the run ends: name of the cell -> destination."""
 
     _source_map: SourceMap | None = PrivateAttr(default=None)
 
@@ -428,10 +438,10 @@ class Pipeline(_Section):
         return self._source_map.locate(error, loc, at_key=at_key)
 
     def problems(self) -> Iterator[Problem]:
-        """Seeds listed twice and names that point at nothing."""
+        """Seeds listed twice, and names that refer to nothing."""
         for index, seed in enumerate(self.more_seeds):
             if seed in (self.seed, *self.more_seeds[:index]):
-                yield Problem(("more_seeds", index), f"seed {seed} is named twice")
+                yield Problem(("more_seeds", index), f"seed {seed} is listed twice")
         yield from self._verify_problems()
         for name, chain in self.pipelines.items():
             yield from self._unknown_stages(chain, ("pipelines", name))
@@ -454,7 +464,7 @@ class Pipeline(_Section):
                 yield Problem(("benchmark", "against", index), error.message, fix=error.fix)
 
     def _verify_problems(self) -> Iterator[Problem]:
-        """Drafts that are verified at budgets at which no stage skips."""
+        """Cells that verify drafts at a budget, where no `skip` stage has the same budget."""
         for name, stage in self.stages.items():
             other = stage.compared_with() if isinstance(stage, Speculate) else None
             if not isinstance(other, Skip) or other in self.stages.values():
@@ -468,9 +478,9 @@ class Pipeline(_Section):
             after = "" if reads is None else f" after prompts at {reads:g}"
             yield Problem(
                 ("stages", name, key),
-                f"drafts are verified at {other.budget:g}{after}, and no stage skips at that"
-                " budget, which is what they are compared with",
-                fix=f"add a stage, as in skip{percent:.0f}: {{{stated}}}",
+                f"drafts are verified at budget {other.budget:g}{after}, so the cell is compared"
+                " with a stage that skips at that budget, and there is none",
+                fix=f"add one: skip{percent:.0f}: {{{stated}}}",
             )
 
     def _unknown_stages(self, chain: Choice, loc: Loc) -> Iterator[Problem]:
@@ -483,7 +493,7 @@ class Pipeline(_Section):
     def _axes_problems(
         self, axes: Mapping[str, tuple[Choice, ...]], place: Loc
     ) -> Iterator[Problem]:
-        """Of axes that stand at `place`: stages that do not exist, and choices listed twice."""
+        """Problems of the axes at `place`: stages that do not exist, and choices listed twice."""
         for axis, choices in axes.items():
             chains = [as_chain(choice) for choice in choices]
             for index, choice in enumerate(choices):

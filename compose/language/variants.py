@@ -1,7 +1,7 @@
 """The variants of a stage: the same stage with other values of some parameters.
 
-A search varies parameters (`search.vary`); each combination of values is a stage of its own, under
-a name with the varied parameters: `narrow` with `ratio: [0.1, 0.2]` gives `narrow-ratio0.1` and
+A search varies parameters (`search.vary`). Each combination of values becomes a stage, named after
+the varied parameters: `narrow` with `ratio: [0.1, 0.2]` gives `narrow-ratio0.1` and
 `narrow-ratio0.2`.
 """
 
@@ -38,7 +38,7 @@ def variants(name: str, stage: Stage, values: Values) -> dict[str, Stage]:
 
 
 def with_values(stage: Stage, changes: Mapping[str, Any]) -> Stage:
-    """The stage with other values. ValidationError where it does not take them."""
+    """The stage with other values. Raises ValidationError where the stage does not take them."""
     written = {"use": stage.use, **stage.model_dump(exclude_unset=True)}
     return type(stage).model_validate({**written, **changes}, strict=True)
 
@@ -69,8 +69,8 @@ def _text(value: object) -> str:
 def vary_problems(
     vary: Mapping[str, Values], stages: Mapping[str, Stage], loc: Loc
 ) -> Iterator[Problem]:
-    """Problems of `vary`, which stands at `loc`: names that point at nothing, and values that a
-    stage does not take."""
+    """Problems of `vary`, which is at `loc` in the file: names that refer to nothing, and values
+    that a stage does not take."""
     for name, values in vary.items():
         if name not in stages:
             message = f"no stage is named {name!r}: {suggest(name, stages)}"
@@ -86,11 +86,11 @@ def vary_problems(
                 yield Problem(place, f"{message}: {suggest(parameter, parameters)}", at_key=True)
             elif parameter in stages[name].files():
                 wrong = True
-                message = f"{parameter} names a file: give each file a stage of its own"
+                message = f"{parameter} names a file: write one stage for each file"
                 yield Problem(place, message, at_key=True)
             elif not choices:
                 wrong = True
-                yield Problem(place, f"{parameter} has no value to take")
+                yield Problem(place, f"{parameter} lists no value")
             else:
                 for index, value in enumerate(choices):
                     if value in choices[:index]:

@@ -1,1 +1,1 @@
-"""What a run leaves: records, results, exports."""
+"""The files of a run: records, results, exports."""

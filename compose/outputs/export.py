@@ -1,7 +1,7 @@
 """A measured cell -> a folder to ship: model, gates, decode settings, lineage, numbers, model card.
 
-The folder is filled beside its place, loaded again in a fresh process, and compared with the logits
-that were stored when its step was made; only then it is moved into place.
+The folder is filled in a temporary place, loaded again in a fresh process, and compared with the
+logits that were stored when its step was made. Only then it is moved into place.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def export_cell(
 ) -> Path:
     """Export a cell of a finished run to the folder `target`, and return it.
 
-    An earlier export at `target` is replaced; any other folder with files in it is not. With
+    An earlier export at `target` is replaced; any other folder with files is refused. With
     `compare_tokens`, the export must also continue a text with the same tokens as its source.
 
     Raises:
         UserError: the run has no such cell, it was not measured, or the target is in use.
-        StepError: the folder that was put together does not load to the same model.
+        StepError: the export does not load to the same model.
     """
     results = load_results(run.results_file)
     cell = results.cell(name)
@@ -98,7 +98,7 @@ def is_current(run: RunFolder, name: str, target: Path) -> bool:
 
 
 def planned_cell(run: RunFolder, name: str) -> dict[str, Any]:
-    """The cell's row of plan.json: its weights' key and how it is decoded.
+    """The cell's row of plan.json: its weights' key and its decode settings.
 
     Raises:
         UserError: the plan has no such cell.
@@ -111,7 +111,7 @@ def planned_cell(run: RunFolder, name: str) -> dict[str, Any]:
 
 
 def refuse_foreign(target: Path) -> None:
-    """Refuse a target that holds anything but an earlier export, with a UserError."""
+    """Refuse a target that has other files than an earlier export, with a UserError."""
     if target.is_dir() and (target / LINEAGE).is_file() and (target / MEASUREMENTS).is_file():
         return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -124,7 +124,7 @@ def refuse_foreign(target: Path) -> None:
 def assemble(
     folder: Path, source: Path, results: Results, cell: CellResult, planned: dict[str, Any]
 ) -> None:
-    """Fill the export folder; the lineage comes last, because its hash covers all other files."""
+    """Fill the export folder. The lineage comes last, because its hash covers all other files."""
     require_model(source)
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         if path.name != LINEAGE:
@@ -175,10 +175,10 @@ def measurements(results: Results, cell: CellResult, planned: dict[str, Any]) ->
 
 
 def verify(folder: Path, run: RunFolder, weights: str, executor: Executor) -> None:
-    """Load the folder in a fresh process and compare it with the step's own predictions.
+    """Load the folder in a fresh process and compare its logits with those stored by the step.
 
     Raises:
-        StepError: it does not load, or predicts something else.
+        StepError: it does not load, or gives other logits.
     """
     reference = run.store.path(weights) / "check.safetensors"
     try:
@@ -190,10 +190,11 @@ def verify(folder: Path, run: RunFolder, weights: str, executor: Executor) -> No
 def verify_tokens(
     folder: Path, run: RunFolder, planned: dict[str, Any], executor: Executor
 ) -> None:
-    """Continue the probe text greedily with the export and with the step's folder it comes from.
+    """Continue the probe text greedily with the export and with the step's folder that it was made
+    of.
 
-    Each runs in a process of its own: the source is decoded as the cell was, the export by its own
-    default.
+    Each runs in a separate process: the source with the cell's decode settings, the export with its
+    own defaults.
 
     Raises:
         StepError: the tokens differ.
@@ -270,7 +271,7 @@ def model_card(
 
 
 def _on_card(value: Any) -> Any:
-    """A value as the card may print it: on one line, and neither markup nor the end of a cell."""
+    """A value for the card's table: on one line, with markup and cell separators escaped."""
     if not isinstance(value, str):
         return value
     flat = " ".join(printable(value).split()) if "\n" in value else printable(value)
@@ -284,7 +285,7 @@ def base_model(source: dict[str, Any]) -> str | None:
 
 
 def card_rows(results: Results, cell: CellResult) -> list[tuple[str, str, str]]:
-    """(what, this cell, baseline) for every number that this cell has."""
+    """(metric, this cell, baseline) for every number that this cell has."""
     baseline = results.cell(results.baseline)
     values, base = metrics(results, cell), metrics(results, baseline)
     rows = [

@@ -1,6 +1,6 @@
-"""Records on disk, and what failed in this run -> the typed result.
+"""Turns records on disk, and this run's failures, into the typed result.
 
-This module and `gather_speed` collect the measurements; `compose.analysis.relate` compares cells
+This module and `gather_speed` collect the measurements. `compose.analysis.relate` compares cells
 with the baseline (intervals, verdicts, curves).
 """
 
@@ -38,8 +38,8 @@ def gather(
 ) -> Results:
     """The result of a plan: cells that were measured, failed, or were left out.
 
-    `failures` (by cell name), `environment` and `command` are this run's; a session has its own
-    environment and command, and those are taken where there is one. A cell that was neither
+    `failures` (by cell name), `environment` and `command` are this run's. A speed session has its
+    own environment and command, which are used where there is a session. A cell that was neither
     measured nor tried is missing, and a note names it.
     """
     parts = {cell.name: _cell_parts(run, plan, cell, failures, session) for cell in plan.cells}
@@ -79,7 +79,7 @@ def gather(
 
 
 def _environment(session: Session) -> dict[str, Any]:
-    """The machine of a session, with what it can do at most and how busy it was."""
+    """The machine of a session, with its roofline and its load."""
     measured: dict[str, Any] = {"roofline": session.roofline} if session.roofline else {}
     if session.load_averages:
         loads = session.load_averages
@@ -94,7 +94,7 @@ def _cell_parts(
     failures: Mapping[str, Failure],
     session: Session | None,
 ) -> dict[str, Any] | None:
-    """A cell's result as plain data, or None when nothing was tried."""
+    """A cell's result as plain data, or None where nothing was tried."""
     failure = failures.get(cell.name)
     records = {phase: read_phase(run, plan, cell, phase) for phase in phases_of(cell)}
     timed_sections: dict[str, dict[str, Any]] = {}
@@ -174,7 +174,7 @@ def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
 
 
 def _step_records(folder: Path) -> dict[str, Any]:
-    """What the stages recorded: training curves, layer errors and peaks, by the stage's name."""
+    """The records of stages: training curves, layer errors and peak memory, by the stage's name."""
     try:
         entries = lineage(folder)
     except ComposeError:
@@ -193,7 +193,7 @@ def _step_records(folder: Path) -> dict[str, Any]:
 
 
 def _source_notes(run: RunFolder, plan: Plan) -> list[str]:
-    """What a reader must know of the source model, such as that its weights once were quantized."""
+    """Notes on the source model, such as that its weights were quantized before."""
     for cell in plan.cells:
         with contextlib.suppress(ComposeError):
             record = lineage(run.store.model(cell.weights))[0].get("record") or {}
@@ -211,8 +211,8 @@ def _curve(record: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A training curve of MOST_POINTS points at most, each the last of as many steps, with their
-    mean loss and the last validation among them."""
+    """A training curve of at most MOST_POINTS points. Each point stands for equally many steps:
+    their mean loss and the last validation among them."""
     stride = math.ceil(len(curve) / MOST_POINTS)
     if stride <= 1:
         return curve
@@ -234,7 +234,7 @@ def _errors(record: dict[str, Any]) -> dict[str, float] | None:
 def _seconds(
     run: RunFolder, plan: Plan, parts: dict[str, dict[str, Any]], session: Session | None
 ) -> float:
-    """Wall time of the plan's steps and measurements, also of those made in an earlier run."""
+    """Wall time of the plan's steps and measurements, including those of earlier runs."""
     total: float = sum(part.get("seconds", 0.0) for part in parts.values())
     for step in plan.steps:
         record = (run.store.manifest(step.key) or {}).get("record") or {}

@@ -1,7 +1,7 @@
-"""Rounds of a speed session -> the parts of a cell's result that were measured while it was timed.
+"""Turns the rounds of a speed session into the timed parts of a cell's result.
 
-Every ratio is taken round by round: a cell's speed over that of another cell in the same round, in
-which the machine was the same for both.
+Every ratio is taken round by round: a cell's speed over that of another cell in the same round,
+when the machine was in the same state for both.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def timed_parts(
 ) -> dict[str, dict[str, Any]]:
     """Sections of a cell's result: `speed`, and `size`, `compute`, `speculation` where timed.
 
-    Speeds are related to the cell `baseline`, and speculation also to `plain`, the cell of the same
-    weights that decodes plainly. Empty where no round has the cell.
+    Speeds are compared with the cell `baseline`, and speculation also with `plain`, the cell with
+    the same weights and plain decoding. Empty where no round has the cell.
     """
     main = session.main(name)
     if not main:
@@ -58,8 +58,8 @@ def timed_parts(
 def speculation_of(counts: dict[str, Any]) -> dict[str, Any]:
     """The fields of `compose.results.parts.Speculation` from counts of timed passes.
 
-    `counts` are what `bench.speed.turns.add_speculation` gives. A step is a pass of the whole
-    model; it is plain where nothing was drafted.
+    `counts` come from `bench.speed.turns.add_speculation`. A step is a pass of the whole model; it
+    is plain where nothing was drafted.
     """
     histogram = counts["draft_length_histogram"]
     lengths = {int(length): int(times) for length, times in histogram.items()}
@@ -81,7 +81,7 @@ def speculation_of(counts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was drafted, accepted and passed in each round, and intervals over rounds."""
+    """Counts of drafted, accepted and verified tokens in each round, with intervals over rounds."""
     drafted, accepted, passes = (
         [counts[name] for counts in rounds] for name in ("drafted", "accepted", "passes")
     )
@@ -126,7 +126,7 @@ def _speed(session: Session, name: str, baseline: str) -> dict[str, Any]:
 
 
 def _place(shape: Shape) -> tuple[str, int | str]:
-    """Where the numbers of a shape stand in the result: below which field, by which key."""
+    """The field and the key at which the result keeps the numbers of a shape."""
     if shape.category:
         return "by_category", shape.category
     return ("by_batch", shape.batch) if shape.batch != 1 else ("by_context", shape.context)
@@ -162,7 +162,7 @@ def measured(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _ratio(pairs: Pairs, kind: Kind, name: str, spread: Spread | None) -> Estimate | None:
-    """Speed over the other cell's, where both have it in at least two rounds."""
+    """Ratio of its speed to the other cell's, where both have at least two rounds in common."""
     both = [(row[name], base[name]) for row, base in pairs if row.get(name) and base.get(name)]
     if len(both) < 2:
         return None
@@ -172,7 +172,7 @@ def _ratio(pairs: Pairs, kind: Kind, name: str, spread: Spread | None) -> Estima
 
 
 def _time_split(spent: dict[str, float], decode_s: float) -> dict[str, float]:
-    """Shares of the decoding time by part of the native work, and in Python around it."""
+    """Shares of the decoding time: by part of the native work, and of the Python around it."""
     if not decode_s:
         return {}
     shares = {part: seconds / decode_s for part, seconds in spent.items()}

@@ -1,16 +1,16 @@
-"""What a run leaves on disk, and the records of its cells' phases.
+"""The files of a run, and the records of its cells' phases.
 
-    runs/NAME/plan.json                 the plan it followed
-    runs/NAME/cells/CELL/PHASE.json     what a phase (load, quality, lossless) measured, and its key
+    runs/NAME/plan.json                 the plan that it followed
+    runs/NAME/cells/CELL/PHASE.json     the record of a phase (load, quality, lossless) and its key
     runs/NAME/speed/SESSION.jsonl       rounds of the cells whose speed was compared
     runs/NAME/failed/NAME.json          crashes and limits that were hit: see `run.failures`
-    runs/NAME/jobs, logs                the workers' jobs, and what they and libraries printed
-    runs/NAME/tensorboard/STEP          scalars of training, where `--tensorboard` asks for them
-    runs/NAME/results.json, report.*    made from the above, and from it alone
+    runs/NAME/jobs, logs                the workers' jobs, and the output of workers and libraries
+    runs/NAME/tensorboard/STEP          scalars of training, with `--tensorboard`
+    runs/NAME/results.json, report.*    made from the above only
     runs/store/KEY                      model folders, shared by all runs in `runs`
 
-A phase's key covers all that decides what it measures, the code and the libraries among it, so a
-record under another key is out of date. An error that a worker raised is not kept.
+A phase's key covers everything that decides its numbers, including the code and the libraries, so a
+record under another key is out of date. Errors that a worker raised are not stored.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MEASURE_VERSION = 4  # raised when the same cell begins to be measured in anothe
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything of a run is."""
+    """Paths of everything that belongs to a run."""
 
     root: Path
     models: Path | None = None
@@ -53,7 +53,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, plan: Plan, out: Path, models: Path | None = None) -> RunFolder:
-        """The folder of a plan's run under `out`, whose model folders are in `models`."""
+        """The folder of a plan's run under `out`, with model folders in `models`."""
         return cls(out.absolute() / plan.pipeline.name, models)
 
     @classmethod
@@ -61,7 +61,7 @@ class RunFolder:
         """The folder of a run that was started before.
 
         Raises:
-            UserError: it is not the folder of a run.
+            UserError: the folder is not one of a run.
         """
         run = cls(folder.absolute())
         if not run.plan_file.is_file():
@@ -73,10 +73,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder alone, as a run that sweeps it does; it is made where there is none.
+        """Lock the folder for one process; it is made where it does not exist.
 
         Raises:
-            UserError: another process is at work on it.
+            UserError: another process uses it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".lock")
@@ -94,7 +94,7 @@ class RunFolder:
 
     @property
     def store(self) -> Store:
-        """Model folders, shared by all runs beside this one, or wherever `models` says."""
+        """The store of model folders, shared by all runs beside this one, or at `models`."""
         return Store(self.models) if self.models else Store.beside(self.root.parent)
 
     @property
@@ -142,10 +142,10 @@ def file_name(name: str) -> str:
 
 
 def phase_key(plan: Plan, cell: Cell, phase: Phase, code: str | None = None) -> str:
-    """16 hex digits over the cell, the settings and text files that the phase reads, and what
-    measures it.
+    """16 hex digits over the cell, the settings and text files that the phase reads, and the
+    measuring code.
 
-    `code` is a `fingerprint`; without it, that of the code and the libraries as they are now.
+    `code` is a `fingerprint`; the current one when left out.
     """
     benchmark = plan.pipeline.benchmark.model_dump(mode="json")
     reads: dict[str, Any] = {"threads": benchmark["threads"], "seed": plan.pipeline.seed}
@@ -178,7 +178,7 @@ def _texts_of(plan: Plan, cell: Cell, phase: Phase) -> list[str]:
 def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
     """Source and row limit of every text that a stage of the plan reads.
 
-    Text that the model wrote itself is left out: it cannot teach the model a scored text.
+    Text that the model wrote is left out: it cannot teach the model a scored text.
     """
     stages = [step.stage for step in plan.steps if step.stage is not None]
     splits = sorted({split for stage in stages for split in stage.reads_data})
@@ -192,15 +192,15 @@ def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
 
 
 def phases_of(cell: Cell) -> tuple[Phase, ...]:
-    """What is measured of a cell beside speed.
+    """The phases measured for a cell, without speed.
 
-    Speculation gives the tokens of the plain cell, so only that it does is measured.
+    Speculation gives the same tokens as the plain cell, so only that equality is measured.
     """
     return ("load", "lossless") if speculates(cell.decode) else ("load", "quality")
 
 
 def read_phase(run: RunFolder, plan: Plan, cell: Cell, phase: Phase) -> dict[str, Any] | None:
-    """What the phase measured of this cell with these settings; None where it has no record.
+    """The record of the phase for this cell with these settings; None where there is none.
 
     `seconds` and `fingerprint` are added to it.
     """
@@ -225,10 +225,11 @@ def write_phase(
     seconds: float,
     key: str | None = None,
 ) -> None:
-    """Keep what the phase measured, under its key.
+    """Store the record of the phase under its key.
 
-    `key` is the `phase_key` from before it was measured: a text may have changed since. Without it,
-    that of now is taken. Numbers that are not finite are left out, and the record's notes say so.
+    `key` is the `phase_key` from before the measurement, since a text may have changed meanwhile;
+    the current one when left out. Numbers that are not finite are left out, and the record's notes
+    say so.
     """
     record = {
         "key": key or phase_key(plan, cell, phase),
@@ -240,13 +241,13 @@ def write_phase(
 
 
 def is_measured(run: RunFolder, plan: Plan, cell: Cell) -> bool:
-    """Whether every phase of a cell, beside speed, has its record."""
+    """Whether every phase of a cell, without speed, has its record."""
     records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
     return all(record is not None for record in records)
 
 
 def only_code_changed(run: RunFolder, plan: Plan, cell: Cell) -> bool:
-    """Whether all that keeps a record of the cell from being current is the code or a library."""
+    """Whether records of the cell are out of date only because the code or a library changed."""
     changed = False
     for phase in phases_of(cell):
         record = _record(run, cell, phase) or {}

@@ -1,4 +1,4 @@
-"""Speed sessions: the rounds of cells whose speed is compared, kept on disk one line a round."""
+"""Speed sessions: rounds of cells whose speed is compared, stored one line per round."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ Numbers = dict[str, Any]
 
 
 class Shape(NamedTuple):
-    """What is timed: rows at once and the length of each prompt, or a category of prompts."""
+    """The shape of a measurement: the number of rows and the length of each prompt, or a category
+    of prompts."""
 
     batch: int
-    """Prompts at once."""
+    """Number of prompts at once."""
     context: int
-    """Tokens of each; 0 where prompts come by category."""
+    """Tokens of each prompt; 0 where prompts come by category."""
     category: str = ""
 
 
@@ -36,25 +37,25 @@ class Round(NamedTuple):
     """Index in `Session.groups`."""
     shape: Shape
     number: int
-    """Which repeat, from 0."""
+    """Number of the repeat, from 0."""
 
 
 @dataclass
 class Session:
-    """Cells measured in interleaved rounds, and the rounds that are complete.
+    """Cells measured in interleaved rounds, and the complete rounds.
 
     Only numbers of one session may be compared, and ratios are taken within a round. The file's
-    first line describes the session; each further line is one round with every cell's numbers, or
+    first line describes the session. Each further line is one round with every cell's numbers, or
     the machine's roofline.
     """
 
     file: Path
     settings: dict[str, Any]
-    """Everything beside the cells on which the numbers depend."""
+    """Everything, apart from the cells, on which the numbers depend."""
     members: dict[str, str]
     """Cell name -> cell key."""
     groups: list[list[str]]
-    """Names of cells that were held in memory together; the baseline is in each."""
+    """Names of cells that were in memory together; the baseline is in each group."""
     environment: dict[str, Any]
     command: str
     categories: list[str] = field(default_factory=list)
@@ -62,15 +63,16 @@ class Session:
     rounds: dict[Round, dict[str, Numbers]] = field(default_factory=dict)
     """Round -> cell name -> its numbers."""
     roofline: dict[str, float] | None = None
-    """What the machine can do at most, measured before the first round."""
+    """The machine's roofline, measured before the first round."""
     load_averages: list[float] = field(default_factory=list)
-    """Of the machine, over the minute before each round."""
+    """Load averages of the machine, over the minute before each round."""
     seconds: float = 0.0
     """Wall time of all rounds."""
 
     @classmethod
     def load(cls, file: Path) -> Session | None:
-        """Read a session without a last line that a kill cut short; None where it is not one."""
+        """Read a session, without a last line that a kill cut short; None where the file is not a
+        session."""
         lines = [_json_or_none(line) for line in _lines(file)]
         if not lines or lines[0] is None or "categories" not in lines[0]:
             return None
@@ -108,8 +110,8 @@ class Session:
         seconds: float,
         load_average: float | None = None,
     ) -> None:
-        """Keep a round: the numbers of its cells by name, the time that it took, and the load of
-        the machine before it."""
+        """Store a round: its cells' numbers by name, its duration, and the load of the machine
+        before it."""
         group, shape, number = timed_round
         line = {"group": group, **shape._asdict(), "round": number, "seconds": round(seconds, 3)}
         line |= {"load_average": load_average, "cells": cells}
@@ -117,7 +119,7 @@ class Session:
         self._keep(timed_round, line)
 
     def add_roofline(self, roofline: dict[str, float]) -> None:
-        """Keep what the machine can do at most."""
+        """Store the machine's roofline."""
         self._append({"roofline": roofline})
         self.roofline = roofline
 
@@ -132,7 +134,7 @@ class Session:
 
     @property
     def shapes(self) -> list[Shape]:
-        """What is timed, the main shape first where there is one."""
+        """The shapes that are timed, the main shape first where there is one."""
         speed = self.settings["speed"]
         if self.categories:
             return [Shape(1, 0, name) for name in self.categories]
@@ -146,7 +148,7 @@ class Session:
 
     @property
     def main_shape(self) -> Shape | None:
-        """The shape whose numbers stand for a cell; None where categories share that."""
+        """The shape whose numbers stand for a cell; None where the categories together do."""
         return None if self.categories else self.shapes[0]
 
     def planned(self) -> list[Round]:
@@ -204,7 +206,7 @@ class Session:
 
 
 def _together(numbers: list[Numbers]) -> Numbers:
-    """The repeats of all categories in one round, as one."""
+    """The repeats of all categories in one round, as one repeat."""
     digests = [repeat["digest"] for repeat in numbers]
     texts = None if None in digests else "-".join(digests)
     return add_turns(numbers) | {"digest": texts}
@@ -226,9 +228,9 @@ def _json_or_none(line: str) -> dict[str, Any] | None:
 
 
 def speed_settings(plan: Plan, environment: Mapping[str, Any], code: str) -> dict[str, Any]:
-    """What two speed measurements must share to be comparable, beside the cells.
+    """The settings, apart from the cells, that two speed measurements must share to be comparable.
 
-    `code` is the fingerprint of the code and the libraries that are timed.
+    `code` is the fingerprint of the timed code and libraries.
     """
     benchmark = plan.pipeline.benchmark
     prompts = benchmark.speed.prompts
@@ -245,7 +247,7 @@ def speed_settings(plan: Plan, environment: Mapping[str, Any], code: str) -> dic
 
 
 def find_session(run: RunFolder, settings: dict[str, Any], cells: Iterable[Cell]) -> Session | None:
-    """The session of these cells with these settings that has the most rounds; else None."""
+    """The session of these cells and settings with the most rounds; else None."""
     keys = {cell.name: cell.key for cell in cells}.items()
     sessions: list[Session] = []
     for file in sorted(run.speed.glob("*.jsonl")):
@@ -266,7 +268,7 @@ def new_session(
     command: str,
     categories: list[str] | None = None,
 ) -> Session:
-    """Begin a session of these cells; it replaces one of the same cells and settings."""
+    """Begin a session of these cells; it replaces one with the same cells and settings."""
     members = {cell.name: cell.key for cell in cells}
     file = run.speed / f"{digest({'settings': settings, 'members': members})}.jsonl"
     session = Session(file, settings, members, groups, environment, command, categories or [])

@@ -1,4 +1,5 @@
-"""What lies in a store: which steps, how large, named by which runs; and what may go."""
+"""The content of a store: its steps, their sizes, the runs that use them, and what can be
+removed."""
 
 from __future__ import annotations
 
@@ -17,17 +18,17 @@ PLANS = ("*/plan.json", "*-search/probes/*/plan.json")
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored step, or the scratch of one that was never finished."""
+    """A stored step, or the scratch files of an unfinished one."""
 
     key: str
     chain: tuple[str, ...]
-    """Names of the stages that were done to the folder, the source first; empty where unknown."""
+    """Names of the stages that made the folder, the source first; empty where unknown."""
     size: int
     """Bytes on disk."""
     made: str
-    """When, as ISO 8601; empty for scratch."""
+    """Time of creation, as ISO 8601; empty for scratch files."""
     runs: tuple[str, ...]
-    """Names of the runs beside the store whose plans name it."""
+    """Names of the runs beside the store whose plans use it."""
 
 
 def store_of(out: Path) -> Store:
@@ -36,7 +37,7 @@ def store_of(out: Path) -> Store:
 
 
 def entries(out: Path) -> list[Entry]:
-    """Everything in the store of the runs in `out`, damaged entries too, by key."""
+    """Every entry in the store of the runs in `out`, including damaged ones, by key."""
     store, named = store_of(out), _named(out)
     listed = [_entry(store, key, named.get(key, ())) for key in store.all_keys()]
     for key, folder in store.unfinished().items():
@@ -47,12 +48,12 @@ def entries(out: Path) -> list[Entry]:
 
 
 def prunable(out: Path) -> list[Entry]:
-    """The entries that no run in `out` names."""
+    """The entries that no run in `out` uses."""
     return [entry for entry in entries(out) if not entry.runs]
 
 
 def remove(out: Path, entry: Entry) -> bool:
-    """Remove an entry; False where another process is at work on it."""
+    """Remove an entry; False where another process uses it."""
     store = store_of(out)
     try:
         with store.locked(entry.key, timeout=0):
@@ -63,7 +64,7 @@ def remove(out: Path, entry: Entry) -> bool:
 
 
 def damaged(out: Path) -> Iterator[tuple[Entry, str | None]]:
-    """Read all files of every finished step anew; each with what is wrong with it, if anything."""
+    """Read all files of every finished step again; each step with its damage, if any."""
     store = store_of(out)
     for entry in entries(out):
         if store.path(entry.key).exists():
@@ -71,7 +72,7 @@ def damaged(out: Path) -> Iterator[tuple[Entry, str | None]]:
 
 
 def hashed(out: Path, entry: Entry) -> bool:
-    """Whether an entry's content can be checked: those of older versions have sizes alone."""
+    """Whether an entry's content can be checked: entries of older versions have only sizes."""
     return "sha256" in (store_of(out).manifest(entry.key) or {})
 
 
@@ -86,7 +87,7 @@ def _entry(store: Store, key: str, runs: tuple[str, ...]) -> Entry:
 
 
 def _named(out: Path) -> dict[str, tuple[str, ...]]:
-    """Step key -> the runs whose plans name it."""
+    """Step key -> the runs whose plans use it."""
     named: dict[str, dict[str, None]] = {}
     for file in sorted(file for plans in PLANS for file in out.glob(plans)):
         plan = read_json(file)

@@ -1,1 +1,1 @@
-"""Worker processes: what is sent to them, where they run, how they end."""
+"""Worker processes: their messages, the machines that run them, and how they end."""

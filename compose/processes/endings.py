@@ -1,7 +1,8 @@
 """How a worker ended without an answer, and failures as data: why a step or cell was not finished.
 
-The kernel gives the exit status or the signal, the most memory that the process held, and how many
-processes it has ended for want of memory. Who sent a signal it does not tell, so nobody is named.
+The kernel reports the exit status or the signal, the peak memory of the process, and the number of
+processes that it has killed for lack of memory. It does not report who sent a signal, so messages
+name nobody.
 """
 
 from __future__ import annotations
@@ -16,39 +17,40 @@ from compose.numbers import bytes_text, duration_text
 from compose.units import printable
 
 REQUESTS = ("SIGTERM", "SIGINT", "SIGHUP")
-"""Signals by which someone asks for an end: they say nothing about the work."""
+"""Signals by which someone stops a process: they say nothing about the work."""
 UNASKED = ("SIGKILL", *REQUESTS)
-"""Signals from outside the process; others follow from what it did itself."""
+"""Signals from outside the process; other signals come from what the process did."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a worker ended; None where that is not known, or did not happen."""
+    """How a worker ended; a field is None where that is unknown, or did not happen."""
 
     exit_code: int | None = None
     signal: str | None = None
     """Name of the signal that ended it, as in `SIGKILL`."""
     limit: str | None = None
-    """The limit of the pipeline file that it hit, as in `limits.cell.seconds`."""
+    """The limit of the pipeline file that it exceeded, as in `limits.cell.seconds`."""
     seconds: float | None = None
-    """How long it had worked."""
+    """Seconds that it had worked."""
     most_bytes: int | None = None
-    """The most memory that it was seen to hold."""
+    """Most memory that it was seen to use, in bytes."""
     oom_kills: int | None = None
-    """Processes that the kernel ended for want of memory while it ran; it may be one of them."""
+    """Processes that the kernel killed for lack of memory while it ran; it may be one of them."""
     node: str | None = None
     """The node of a cluster on which it ran."""
     node_lost: bool = False
-    """Whether the node, or what connects it, went away."""
+    """Whether the node, or the connection to it, was lost."""
 
     @property
     def lasting(self) -> bool:
-        """Whether it is likely to come again: kept as a result until it is asked for again."""
+        """Whether it would probably end in the same way again: the failure is stored until someone
+        asks for a retry."""
         return not self.node_lost and self.signal not in REQUESTS
 
     @property
     def from_outside(self) -> bool:
-        """Whether the worker was taken away: its task may well succeed in another attempt."""
+        """Whether the cause was outside the worker: another attempt may succeed."""
         return self.limit is None and (self.node_lost or self.signal in UNASKED)
 
     def as_text(self) -> str:
@@ -69,21 +71,21 @@ class Ending:
         assert self.limit is not None
         if self.limit.endswith("seconds"):
             worked = duration_text(self.seconds or 0.0)
-            return "; ".join([f"was ended after {worked} of work by {self.limit}", *self._seen()])
+            return "; ".join([f"was stopped after {worked} of work by {self.limit}", *self._seen()])
         held = bytes_text(self.most_bytes or 0)
-        return f"was ended by {self.limit}: it held {held} of memory"
+        return f"was stopped by {self.limit}: it used {held} of memory"
 
     def _seen(self) -> list[str]:
         seen = []
         if self.most_bytes is not None:
-            seen.append(f"it was seen to hold {bytes_text(self.most_bytes)} of memory at most")
+            seen.append(f"it used at most {bytes_text(self.most_bytes)} of memory")
         if self.oom_kills:
-            seen.append(f"the kernel ended {self.oom_kills} process(es) for want of memory")
+            seen.append(f"the kernel killed {self.oom_kills} process(es) for lack of memory")
         return seen
 
 
 def lost(ending: Ending, log: str = "") -> WorkerLost:
-    """The error of a worker that ended; `log` is the end of what it printed."""
+    """The error of a worker that ended; `log` is the end of its output."""
     text = f"the worker {ending.as_text()}"
     fields = {k: v for k, v in asdict(ending).items() if v is not None and v is not False}
     return WorkerLost(f"{text}{log}", fields)
@@ -106,7 +108,7 @@ def ending_of_code(code: int, **details: Any) -> Ending:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a step or a cell could not be finished."""
+    """Why a step or a cell was not finished."""
 
     reason: str
     """One sentence."""
@@ -126,15 +128,16 @@ def failure_of(error: Exception, failed_in: str) -> Failure:
 
 
 def is_lasting(error: Exception) -> bool:
-    """Whether an exception is likely to come again, at the same cost: a crash, or a limit hit.
+    """Whether an exception would probably come again, at the same cost: a crash, or an exceeded
+    limit.
 
-    An error that a worker raised is not: the user may free the disk or install the library, and
+    Errors that a worker raised are not: the user may free the disk or install the library, and
     another attempt costs little.
     """
     return isinstance(error, WorkerLost) and ending_of(error).lasting
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
+    """The first line of an exception's message, or its type where the message is empty."""
     lines = printable(str(error)).strip().splitlines() or [type(error).__name__]
     return lines[0]

@@ -1,4 +1,5 @@
-"""Executors by name: they start workers as processes of this machine, or by way of Ray on many."""
+"""Executors by name: they start workers as processes of this machine, or through Ray on many
+machines."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from compose.results.environment import capture_environment
 
 MAX_WORKERS = 2
 BYTES_PER_WORKER = 6_000_000_000
-"""Free memory, in bytes, that a further worker side by side asks for."""
+"""Free memory, in bytes, that each further worker needs to run beside the others."""
 
 
 class Executor(Protocol):
@@ -30,23 +31,24 @@ class Executor(Protocol):
     """Threads of a worker while it is timed."""
 
     attempts: int
-    """How often a worker that is taken away (its node, or it by SIGKILL) is started in all."""
+    """How many times a worker is started in all, where its node is lost or SIGKILL ends it."""
 
     def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
-        """Start a worker on a job file, where `needs` are met; `log` takes what it prints."""
+        """Start a worker on a job file, on a machine that meets `needs`; its output goes to
+        `log`."""
 
     def environment(self, threads: int | None) -> dict[str, Any]:
-        """The machine that timed workers run on: see `capture_environment`."""
+        """The machine on which timed workers run: see `capture_environment`."""
 
     def free_bytes(self) -> int:
         """Free memory of that machine."""
 
     def close(self) -> None:
-        """End what the executor itself started."""
+        """End the processes that the executor itself started."""
 
 
 class TimedHere:
-    """Of an executor whose timed workers run on this machine."""
+    """Part of an executor whose timed workers run on this machine."""
 
     def environment(self, threads: int | None) -> dict[str, Any]:
         """This machine."""
@@ -58,10 +60,10 @@ class TimedHere:
 
 
 class LocalExecutor(TimedHere):
-    """Workers on this machine: a few side by side, with the cores shared out between them.
+    """Workers on this machine: a few side by side, which share the cores.
 
     Much of a worker's time is single-threaded (imports, loading, tokenizing), so two workers with
-    one core each end sooner than one after the other with two. A worker that is timed
+    one core each finish sooner than one after the other with two cores. A timed worker
     (`Needs.here`) runs alone and has all threads.
     """
 
@@ -81,7 +83,7 @@ class LocalExecutor(TimedHere):
         return LocalWorker(role, job, log, threads, needs.allowed)
 
     def close(self) -> None:
-        """Nothing to end: workers end with `stop`."""
+        """Nothing to do: `stop` ends workers."""
 
 
 def _ray_executor(threads: int | None, workers: int | None) -> Executor:
@@ -100,7 +102,7 @@ def make_executor(name: str, threads: int | None, workers: int | None = None) ->
     """The executor of that name, with at most `workers` workers side by side.
 
     Raises:
-        UserError: there is none of that name, or its package is not installed.
+        UserError: there is no executor of that name, or its package is not installed.
     """
     if name not in EXECUTORS:
         raise UserError(f"there is no executor {name!r}: {suggest(name, EXECUTORS)}")

@@ -1,8 +1,8 @@
-"""Workers on a Ray cluster: each is the same process as a local one, started by an actor.
+"""Workers on a Ray cluster: an actor starts the same process that runs locally.
 
-An actor asks for the CPUs, the memory and the GPU that its worker needs, so Ray places it where
-they are free. Where a node goes, or a worker is killed on one, the work is begun again
-(`attempts`), on another node where one is alive.
+An actor requests the CPUs, the memory and the GPU that its worker needs, so Ray places it where
+they are free. Where a node is lost, or a worker is killed there, the work starts again
+(`attempts`), on another node if one is alive.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RayWorker:
         self._call(self.actor.send, message)
 
     def receive(self) -> Message:
-        """The worker's next message; WorkerLost when it, or its node, went."""
+        """The worker's next message; WorkerLost when the worker or its node was lost."""
         if self.node is None:
             self.node = self._call(self.actor.node)
         message: Message = self._call(self.actor.receive)
@@ -68,10 +68,10 @@ class RayWorker:
         self.ray.kill(self.actor)
 
     def _call(self, method: Any, *arguments: Any) -> Any:
-        """What a method of the actor returns.
+        """The result of an actor's method.
 
         Raises:
-            StepError: the worker's own; WorkerLost where the actor went with its node.
+            StepError: the worker's own; WorkerLost where the actor was lost with its node.
         """
         try:
             return self.ray.get(method.remote(*arguments))
@@ -113,11 +113,11 @@ class RayExecutor:
         """Job file -> nodes on which its worker was lost."""
 
     def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
-        """Start an actor that starts the worker; one that is timed reserves no core.
+        """Start an actor that starts the worker; a timed worker reserves no core.
 
         Raises:
-            StepError: no node of the cluster is large enough, or none of the kind that speed is
-                measured on is left.
+            StepError: no node of the cluster is large enough, or none is left of the kind on which
+                speed is measured.
         """
         # Two threads: `stop` must get through while `receive` waits.
         options: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 2}
@@ -148,7 +148,7 @@ class RayExecutor:
         return int(self._ask_node(timed, available_bytes))
 
     def note_lost(self, job: Path, node: str | None) -> None:
-        """Note that a job's worker ended on a node: the next attempt looks for another."""
+        """Note that a job's worker ended on a node: the next attempt uses another node."""
         if node is not None:
             self._left.setdefault(job, set()).add(node)
 
@@ -158,10 +158,11 @@ class RayExecutor:
             self.ray.shutdown()
 
     def _request(self, needs: Needs) -> dict[str, Any]:
-        """What an actor asks of its node: CPUs, memory and a GPU, where the cluster has any.
+        """The resources that an actor requests of its node: CPUs, memory and a GPU, where the
+        cluster has any.
 
         Raises:
-            StepError: no node has as much, so that Ray would wait for ever.
+            StepError: no node has that much, so Ray would wait for ever.
         """
         request: dict[str, Any] = {"num_cpus": self.threads}
         if needs.memory is not None:
@@ -181,7 +182,7 @@ class RayExecutor:
         return request
 
     def _other_node(self, job: Path, request: Mapping[str, Any]) -> str | None:
-        """A node that is alive and large enough, where a job was lost on others; else None."""
+        """A node that is alive and large enough, for a job that was lost on others; else None."""
         left = self._left.get(job, set())
         fit = [node["NodeID"] for node in self._nodes() if left and _fits(node, request)]
         return next((node for node in fit if node not in left), None)
@@ -203,7 +204,7 @@ class RayExecutor:
         return Kind(machine.get("processor", "unknown"), accelerator_of(node))
 
     def _ask_node(self, node: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function returns on a node."""
+        """The result of a function on a node."""
         options = {"num_cpus": 0, "scheduling_strategy": self._on(node, soft=False)}
         return self.ray.get(self.ray.remote(function).options(**options).remote(*arguments))
 
@@ -218,7 +219,7 @@ def available_bytes() -> int:
 
 
 def _fits(node: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
-    """Whether a node could ever give what is asked."""
+    """Whether a node has the requested resources in total."""
     has = node["Resources"]
     return all(
         has.get(name, 0) >= request.get(key, 0)

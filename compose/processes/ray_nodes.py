@@ -1,9 +1,8 @@
-"""Which node of a Ray cluster times cells, and of which kind it is.
+"""Chooses the node of a Ray cluster that times cells, and tells its kind.
 
-Speeds are comparable on equal machines alone. Timed workers run on one node: that of `gateskip
-run`, or one that was marked for it (`ray start --resources='{"gateskip_speed": 1}'`). All marked
-nodes must be of one kind, processor model and accelerator, so that another may stand in for one
-that went.
+Speeds are comparable only on equal machines. Timed workers run on one node: that of `gateskip run`,
+or one that was marked for it (`ray start --resources='{"gateskip_speed": 1}'`). All marked nodes
+must have the same processor model and accelerator, so that another can replace a lost one.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from typing import Any
 from compose.errors import StepError, UserError
 
 SPEED = "gateskip_speed"
-"""The resource that marks a node on which speed is to be measured."""
+"""The resource that marks a node on which speed is measured."""
 _TYPE = "accelerator_type:"
-"""How Ray names a resource that says which accelerators a node has."""
+"""Prefix of Ray's resources that name a node's accelerator type."""
 
 Node = Mapping[str, Any]
 
 
 @dataclass(frozen=True, order=True)
 class Kind:
-    """What two nodes must share for speeds on them to be compared."""
+    """The properties that two nodes must share for their speeds to be compared."""
 
     processor: str
     """The model, as its kernel names it."""
@@ -43,7 +42,7 @@ def accelerator_of(node: Node) -> str:
 
 
 class TimedNodes:
-    """Chooses the node that timed workers run on, and stays with it and its kind."""
+    """Chooses the node on which timed workers run, and keeps to it and its kind."""
 
     def __init__(self, this_node: str, kind_of: Callable[[Node], Kind]) -> None:
         self._own, self._kind_of = this_node, kind_of
@@ -52,11 +51,11 @@ class TimedNodes:
         self._chosen: str | None = None
 
     def choose(self, alive: Sequence[Node]) -> str:
-        """The node's id: the one chosen before, while it is there.
+        """The node's id: the one chosen before, while it is alive.
 
         Raises:
             UserError: the marked nodes are of several kinds.
-            StepError: none of the kind that was measured on before is left.
+            StepError: no node is left of the kind that was measured on before.
         """
         marked = {node["NodeID"]: node for node in alive if node["Resources"].get(SPEED, 0) > 0}
         if not marked and self._kind is None:
@@ -89,5 +88,5 @@ def _only(kinds: Mapping[str, Kind]) -> Kind:
     raise UserError(
         f"the nodes that are marked {SPEED} are of {len(distinct)} kinds, and speeds on them "
         f"cannot be compared: {listed}",
-        fix="mark nodes of one kind alone",
+        fix="mark nodes of one kind only",
     )

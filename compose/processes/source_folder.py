@@ -1,4 +1,4 @@
-"""What a command line names as a model: a folder as it is, a GGUF file as the folder it becomes."""
+"""Models that a command line names: a model folder, or a GGUF file that becomes one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from compose.processes.worker_process import ask_once
 
 
 def as_folders(sources: Sequence[Path], cache: Path, *, keep_blocks: bool = False) -> list[Path]:
-    """The model folders; each GGUF file is converted once, by a worker.
+    """The model folders; a worker converts each GGUF file once.
 
     Raises:
         ArtifactError: a GGUF file cannot be read.
-        AssetError: blocks are to be kept, and there is no GGUF file.
+        AssetError: the blocks of GGUF files should be kept, and there is no GGUF file.
     """
     if keep_blocks and not any(map(is_gguf, sources)):
         require_blocks(str(sources[0]))

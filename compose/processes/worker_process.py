@@ -1,8 +1,8 @@
-"""A worker process and what is exchanged with it: start, commands, answers, end.
+"""A worker process and its messages: start, commands, answers, end.
 
-A worker is `python -m compose.workers.main ROLE JOB.json`. It reads commands as JSON lines on
-stdin and answers as JSON lines on stdout (`contract`); all else that it or a library prints goes to
-its log file.
+A worker is `python -m compose.workers.main ROLE JOB.json`. It reads commands as JSON lines on stdin
+and answers as JSON lines on stdout (`contract`). All other output of it or of a library goes to its
+log file.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from compose.processes.endings import Ending, ending_of_code, lost
 
 LOG_TAIL_LINES = 25
 GRACE_S = 5.0
-"""How long a worker that was asked to stop may take before it is killed."""
+"""Seconds that a worker may take to stop before it is killed."""
 
 POLL_S = 1.0
-"""How often a worker is checked for its end, for its memory and for its time."""
+"""Seconds between two checks of a worker's end, memory and time."""
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -61,7 +61,7 @@ class Worker(Protocol):
         """Wait for its next message.
 
         Raises:
-            WorkerLost: the worker ended; the message has how, and the end of its log.
+            WorkerLost: the worker ended; the message says how, with the end of its log.
         """
 
     def stop(self) -> None:
@@ -69,7 +69,8 @@ class Worker(Protocol):
 
 
 def scratch_of(log: Path) -> Path:
-    """Where the workers that log beside `log` keep temporary files: a kill leaves them there."""
+    """The folder for temporary files of workers that log beside `log`; after a kill they are still
+    there."""
     return log.parent / ".scratch"
 
 
@@ -79,8 +80,8 @@ def remove_scratch(log: Path) -> None:
 
 
 def worker_environment(threads: int | None, scratch: Path | None = None) -> dict[str, str]:
-    """The environment of a worker: this one's, with the thread count, the path of this code, and
-    the folder for its temporary files."""
+    """The environment of a worker: this process's, with the thread count, the path of this code,
+    and the folder for its temporary files."""
     environment = dict(os.environ)
     if scratch is not None:
         environment["TMPDIR"] = str(scratch)
@@ -97,7 +98,7 @@ def worker_environment(threads: int | None, scratch: Path | None = None) -> dict
 
 
 def worker_command(role: Role, job: Path) -> list[str]:
-    """A worker's command line; -P keeps a folder `compose` in the working directory out."""
+    """A worker's command line; -P ignores a folder named `compose` in the working directory."""
     return [sys.executable, "-P", "-m", "compose.workers.main", role, str(job)]
 
 
@@ -132,13 +133,13 @@ class LocalWorker:
             )
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send it a command; that it is dead shows in `receive`."""
+        """Send it a command; if it is dead, `receive` reports that."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError, ValueError):
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> Message:
-        """The worker's next message; WorkerLost when it ended, or was ended, without one."""
+        """The worker's next message; WorkerLost when it ended, or was stopped, without one."""
         while b"\n" not in self._received:
             started = time.monotonic()
             whole = self._read()
@@ -151,9 +152,9 @@ class LocalWorker:
 
     def _read(self) -> bool:
         """Read from the worker's pipe; False when it is dead and everything was read, or when it
-        takes more than it may.
+        exceeds a limit.
 
-        A closed pipe is no sure sign: children that the worker forked may hold it open.
+        A closed pipe is not a sure sign: children that the worker forked may hold it open.
         """
         assert self.process.stdout is not None
         began = time.monotonic()
@@ -170,15 +171,15 @@ class LocalWorker:
         return bool(data)
 
     def _patience(self, began: float) -> float:
-        """Seconds until the worker is to be looked at again."""
+        """Seconds until the next check of the worker."""
         left = POLL_S
         if self.allowed.seconds is not None:
             left = self.allowed.seconds - self.worked - (time.monotonic() - began)
         return min(POLL_S, max(left, 0.0) + 0.01)
 
     def _is_over(self, began: float) -> bool:
-        """Whether the worker has taken more than it may; how much it holds is noted on the way:
-        after an out-of-memory kill nobody knows."""
+        """Whether the worker has exceeded a limit. Its memory is noted on the way: after an
+        out-of-memory kill it is unknown."""
         now, allowed = time.monotonic(), self.allowed
         if now - self._looked >= POLL_S:
             self._looked = now
@@ -194,7 +195,7 @@ class LocalWorker:
             self.most_bytes = max(self.most_bytes or 0, held)
 
     def interrupt(self) -> None:
-        """Send the worker SIGINT: what it does then is up to its role."""
+        """Send the worker SIGINT; its role decides how it responds."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGINT)  # not the group, to which its guard belongs
 
@@ -237,9 +238,10 @@ class LocalWorker:
             return True
 
     def _reap(self) -> int:
-        """The worker's return code, and note the memory that the kernel has counted for it.
+        """The worker's return code; also notes the peak memory that the kernel counted for it.
 
-        The kernel's count begins with that of the process that forked: lower ones are not its own.
+        The kernel's count begins with the memory of the process that forked; lower values are not
+        the worker's own.
         """
         with self._ending:
             if self.process.returncode is None and hasattr(os, "wait4"):
@@ -274,10 +276,10 @@ class LocalWorker:
 
 
 def await_answer(worker: Worker, on_message: Callable[[Message], None] | None = None) -> Any:
-    """The result in a worker's next answer; other messages before it go to `on_message`.
+    """The result in a worker's next answer; messages before it go to `on_message`.
 
     Raises:
-        ComposeError: what the worker raised, with its traceback as a note.
+        ComposeError: the worker's error, with its traceback as a note.
         WorkerLost: the worker ended.
     """
     while True:

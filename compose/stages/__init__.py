@@ -1,1 +1,1 @@
-"""What a chain is made of: one file a stage, and the registry that lists them."""
+"""The stages of chains: one file per stage, and the registry that lists them."""

@@ -1,8 +1,8 @@
-"""What every stage is: light parameters, the question where it may stand, and `run`.
+"""The base class of stages: light parameters, the check of a place in a chain, and `run`.
 
 A stage is a frozen value. Planning asks it two questions that need no weights: may it stand here
-(`check`), and what does it make of the model's shape (`reshape`). Running it is `run`, the only
-place that imports torch. A stage file finds here all that it has to name: roles, shapes and jobs.
+(`check`), and how does it change the model's shape (`reshape`). `run` does the work, and only it
+imports torch. A stage file imports all its types from here: roles, shapes and jobs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compose.stages.shape import ModelShape, StoredBits
 __all__ = ["RULES", "DataSpec", "ModelShape", "Role", "Split", "Stage", "StageJob", "StoredBits"]
 
 PLACES = ("device_map",)
-"""Parameters that say where a stage works, not what it makes."""
+"""Parameters that say where a stage computes; they do not change its result."""
 
 LIBRARIES = 0.8e9  # bytes of a process that has torch and transformers, and works on some text
 UNPACKED = 16  # bits of a weight that no quantizer packed
@@ -37,35 +37,36 @@ class Stage(BaseModel):
     )
 
     acts: ClassVar[Literal["weights", "decode"]] = "weights"
-    """Whether the stage makes a new model folder or only sets how a folder is decoded."""
+    """Whether the stage makes a new model folder (`weights`) or sets how a folder is decoded."""
 
     role: ClassVar[Role]
-    """What the stage is to the order rules."""
+    """The stage's role in the order rules."""
 
     version: ClassVar[int] = 1
-    """Raised whenever the same parameters begin to give another result; part of the step's key."""
+    """Version of the result. It is raised when the same parameters begin to give another result; it
+    is part of the step's key."""
 
     reads_data: ClassVar[tuple[Split, ...]] = ()
     """The entries of `data` that `run` reads; they are then part of the step's key."""
 
     example: ClassVar[Mapping[str, Any]] = {}
-    """Parameters with which the stage may stand in as many places as it can, where its defaults
-    do not: those that docs/composition.md is made with."""
+    """Parameters with which docs/composition.md is made, where the defaults could stand in fewer
+    places of a chain."""
 
     groups: ClassVar[Mapping[str, type[BaseModel]]] = {}
-    """Groups in which a file may write the parameters: the key of each, and its fields. Values and
-    keys of steps are the same with and without them."""
+    """Groups in which a file may write the parameters: key of the group -> its fields. Values and
+    keys of steps are the same with and without groups."""
 
     on_gpu: ClassVar[bool] = False
-    """Whether `run` works on a GPU where there is one."""
+    """Whether `run` uses a GPU where there is one."""
 
     use: str
-    """Which stage this is: a key of `compose.stages.registry.STAGES`."""
+    """Name of the stage: a key of `compose.stages.registry.STAGES`."""
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Refuse a place in a chain: after the stages `before`, on a model of `shape`.
 
-        Rules that need sizes are passed over when `shape` is None.
+        Without a shape (None) rules that need sizes are not checked.
 
         Raises:
             RuleBroken: with the name of a rule in `RULES`.
@@ -76,11 +77,12 @@ class Stage(BaseModel):
                 raise RuleBroken(rule, f"{self.use} cannot come after {use}: {RULES[rule]}")
 
     def tolerates(self, rule: str) -> bool:
-        """Whether these parameters make the order rule `rule` void; no rule is, by default."""
+        """Whether the order rule `rule` does not apply to these parameters. By default all rules
+        apply."""
         return False
 
     def reshape(self, shape: ModelShape) -> ModelShape:
-        """The shape of the model that the stage makes of one of `shape`."""
+        """The model's shape after the stage; `shape` is the one before."""
         return shape
 
     @classmethod
@@ -105,7 +107,7 @@ class Stage(BaseModel):
         return schema
 
     def stored_as(self) -> str | None:
-        """How reports call the weights that a quantizer leaves; None where nothing is packed."""
+        """Name of the weights' format in reports; None where the stage packs nothing."""
         return self.use if self.role == "quantize" else None
 
     def most_bits(self) -> int:
@@ -118,18 +120,19 @@ class Stage(BaseModel):
         return None
 
     def held(self) -> float:
-        """Bytes that `run` holds at its peak for each weight of the model it starts from: by
-        default the model in float32 and as much again."""
+        """Bytes that `run` holds at its peak for each weight of the source model. By default: the
+        model in float32, twice."""
         return 8.0
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Bytes that `run` holds beside the model's own, on text in blocks of `length` tokens."""
+        """Further bytes that `run` holds while it works on text in blocks of `length` tokens."""
         return 0.0
 
     def memory(self, shape: ModelShape, length: int = 512) -> int:
-        """About how much memory the stage's process holds at its peak, in bytes.
+        """Estimated peak memory of the stage's process, in bytes.
 
-        `length` is that of the pipeline's training text, for stages that have none of their own.
+        `length` is the block length of the pipeline's training text, for stages without a length of
+        their own.
         """
         return round(LIBRARIES + self.held() * shape.weights + self.worked_on(shape, length))
 
@@ -138,7 +141,8 @@ class Stage(BaseModel):
         return {}
 
     def identity(self, file_sha256: Mapping[str, str]) -> dict[str, Any]:
-        """What decides the stage's result, as plain JSON: the hash of a file stands for its path.
+        """The parameters that decide the result, as plain JSON. The hash of a file replaces its
+        path.
 
         `file_sha256` maps each parameter in `files()` to the hash of that file's content.
         """
@@ -158,7 +162,8 @@ class Stage(BaseModel):
 
 
 def _standing(shape: ModelShape | None, before: tuple[Stage, ...]) -> list[tuple[Role, str]]:
-    """Role and name of what was done to the model so far, also before the chain began."""
+    """Role and name of each change to the model so far, including a quantization of the source
+    model."""
     done: list[tuple[Role, str]] = [(stage.role, stage.use) for stage in before]
     quantized_in_chain = any(role == "quantize" for role, _ in done)
     if shape is not None and shape.quantized and not quantized_in_chain:
@@ -167,16 +172,17 @@ def _standing(shape: ModelShape | None, before: tuple[Stage, ...]) -> list[tuple
 
 
 AS_STORED, IN_FLOAT32 = 2.0, 4.0
-"""Bytes a weight of a mapped file that has two, and of a model in float32."""
+"""Bytes of a weight: in a mapped file of a 16-bit model, and in float32."""
 
 TRAINED = {"frozen": 4.0, "lora": 9.0, "scales": 9.0, "full": 20.0, "codes": 26.0}
-"""Bytes a weight of the model in a fine-tune, by what learns, in float32: itself, and where
-anything of it learns a teacher, gradients and AdamW's two moments; where codes learn, their places,
-and the weights that these stand for."""
+"""Bytes of a weight in a float32 fine-tune, by which part learns: the weight itself; where any part
+learns, also a teacher, gradients and AdamW's two moments; where codes learn, also their positions
+and the weights that they stand for."""
 
 
 def training_bytes(shape: ModelShape, tokens: int, seen: int = 0) -> float:
-    """About what a step on `tokens` keeps for its backward pass, in bytes: the floats of each token
-    in each layer, and its shares of attention to `seen` tokens where these are laid out."""
+    """About how many bytes a training step on `tokens` keeps for its backward pass: the activations
+    of each token in each layer, and attention scores to `seen` tokens where these are materialized.
+    """
     inside = 16 * shape.hidden_size + 6 * shape.intermediate_size + 3 * shape.num_heads * seen
     return 4.0 * tokens * shape.num_layers * inside

@@ -11,24 +11,24 @@ from compose.errors import RuleBroken
 from compose.stages.base import UNPACKED, ModelShape, Role, Stage
 
 COPY_BITS = {"int4": 4, "nf4": 4, "int3": 3, "int2": 2}
-"""Bits of a weight in each copy that drafts."""
+"""Bits of a weight in each quantized draft copy."""
 
 
 PromptBudget = Annotated[float, Field(gt=0, le=1)] | None
 
 
 class DecodeStage(Stage):
-    """A setting of the decoder; where it skips, it needs gates to decide by."""
+    """A setting of the decoder. One that skips needs gates."""
 
     acts: ClassVar[Literal["weights", "decode"]] = "decode"
     role: ClassVar[Role] = "decode"
 
     kv_cache: Literal["model", "int8"] = "model"
-    """How keys and values are kept: in the model's float type, or in 8 bits with a scale for each
-    token and head, about half of what bfloat16 takes. What is scored attends to the same."""
+    """Format of the KV cache: the model's float type, or `int8` with a scale for each token and
+    head, about half the size of bfloat16. Scoring uses the same format."""
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, and `decode-needs-gates`: a gate stage came before."""
+        """Order rules, and `decode-needs-gates`: a gate stage must come before."""
         super().check(shape, before)
         if self.skips() and not any(stage.role == "gate" for stage in before):
             raise RuleBroken("decode-needs-gates", f"no gate stage comes before {self.use}")
@@ -38,50 +38,50 @@ class DecodeStage(Stage):
         return True
 
     def compared_with(self) -> DecodeStage | None:
-        """How the cell decodes that this one is compared with; None is plain decoding."""
+        """The decode setting of the cell that this one is compared with; None is plain decoding."""
         return None
 
 
 class Plain(DecodeStage):
-    """Compute every branch; what is set is how keys and values are kept."""
+    """Decode without skipping and without drafts, with another format of the KV cache."""
 
     use: Literal["plain"] = "plain"
     """The stage's name."""
 
     kv_cache: Literal["model", "int8"] = "int8"
-    """How keys and values are kept: in 8 bits with a scale for each token and head, or in the
-    model's float type, as without this stage."""
+    """Format of the KV cache: `int8` with a scale for each token and head, or the model's float
+    type, which is the default without this stage."""
 
     def skips(self) -> bool:
-        """None is."""
+        """Nothing is skipped."""
         return False
 
 
 class Skip(DecodeStage):
-    """Skip branches where the gates stay under the thresholds of a budget."""
+    """Skip branches where the gate's output is below the threshold of a budget."""
 
     use: Literal["skip"] = "skip"
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, le=1)
-    """The share of the branches' multiply-adds that is computed; 1 where only `prompt_budget` is
-    given."""
+    """Share of the branches' multiply-adds that is computed; 1 where only `prompt_budget` is given.
+    """
 
     prompt_budget: PromptBudget = None
-    """The share that the tokens of a prompt compute, all but the last, by thresholds that keep what
-    answers need of them: the gate stage calibrates these for its `prompt_budgets`. Without it,
-    `budget` is for prompts, too."""
+    """Share of multiply-adds that a prompt's tokens compute, except the last one. It uses
+    thresholds that the gate stage calibrated for its `prompt_budgets`, with the least effect on
+    answers. When left out, `budget` also applies to prompts."""
 
     prompt: Literal["budget", "full"] = "budget"
-    """What prompts are computed at: the budget, or full compute."""
+    """Compute of the prompt: at the budget, or full."""
 
     answer: Literal["budget", "full"] = "budget"
-    """What is written is computed at: the budget, or full compute."""
+    """Compute of the answer: at the budget, or full."""
 
     hold: bool = False
-    """Whether every row holds the budget: its thresholds move with what its own earlier tokens
-    kept, every 16 tokens at first and every 64 later. Prompts are then read in as many pieces,
-    which is slower."""
+    """Whether each row keeps to the budget by itself: its thresholds move with the share that its
+    earlier tokens computed, every 16 tokens at first and every 64 later. The prompt is then
+    prefilled in pieces of that size, which is slower."""
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +94,9 @@ class Skip(DecodeStage):
         if self.prompt == self.answer == "full":
             raise ValueError("prompt: full and answer: full skip nothing: leave one of them out")
         if self.prompt == "full" and self.prompt_budget is not None:
-            raise ValueError("prompt: full and prompt_budget say two things: leave one of them out")
+            raise ValueError(
+                "prompt: full and prompt_budget contradict each other: leave one of them out"
+            )
         return self
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
@@ -104,7 +106,7 @@ class Skip(DecodeStage):
 
 
 class Speculate(DecodeStage):
-    """Draft tokens cheaply, verify them with the whole model: the same text, sooner."""
+    """Draft tokens cheaply and verify them with the whole model: the same text in less time."""
 
     example: ClassVar[Mapping[str, Any]] = {"target": "original"}
 
@@ -112,36 +114,38 @@ class Speculate(DecodeStage):
     """The stage's name."""
 
     draft_budget: float = Field(default=1.0, gt=0, le=1)
-    """The share of multiply-adds that a draft computes; 1 skips nothing."""
+    """Share of multiply-adds that drafting computes; 1 skips nothing."""
 
     draft_weights: Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "auto"] = (
         "auto"
     )
-    """What drafts: the model's own weights; these but for a 4-bit copy of the LM head
-    (`int4-head`); or a copy of all of them that is made while loading, of packed weights too:
-    bitsandbytes' `nf4`, or integers of 4, 3 or 2 bits (`int4`, `int3`, `int2`), whose rounding is
-    fitted to what the model reads; or the small network that the stage `draft-network` trained
-    (`learned`), which skips nothing. `auto` is the draft that is fastest on the machine, which is
-    measured once for each model; where none beats plain decoding, nothing is drafted."""
+    """The draft model. Of the model itself: its own weights, or its own weights with a 4-bit copy
+    of the LM head (`int4-head`). A quantized copy of all weights, made while loading, also of
+    packed weights: bitsandbytes' `nf4`, or integers of 4, 3 or 2 bits (`int4`, `int3`, `int2`) that
+    are rounded to the model's activations. The small network that the stage `draft-network` trained
+    (`learned`), which skips nothing. `auto` measures once for each model and machine which draft is
+    fastest, and drafts nothing where none is faster than plain decoding."""
 
     lookup: bool = True
-    """Whether what followed the last tokens earlier in the text is proposed ahead of a draft."""
+    """Whether to look up the last tokens earlier in the text and propose the tokens that followed
+    there, before a draft model is asked."""
 
     draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"
     """Tokens drafted before each verification; `auto` sets it from measured cost and acceptance."""
 
     verify_budget: float = Field(default=1.0, gt=0, le=1)
-    """The share of multiply-adds that verification computes. Below 1 the text is that of a stage
-    `skip` of this budget, which the pipeline needs, too: it is what the cell is compared with.
-    Drafts then compute this share as well, unless `draft_budget` says otherwise."""
+    """Share of multiply-adds that verification computes. Below 1, the text equals that of a `skip`
+    stage with this budget; the pipeline must have that stage, because the cell is compared with it.
+    Drafts then use the same share, unless `draft_budget` is given."""
 
     prompt_budget: PromptBudget = None
-    """The share that the tokens of a prompt compute, all but the last: as in the stage `skip`. The
-    text is then that of a stage `skip` with the same one."""
+    """Share of multiply-adds that a prompt's tokens compute, except the last one, as in the stage
+    `skip`. The text then equals that of a `skip` stage with the same `prompt_budget`."""
 
     target: Literal["gated", "original"] = "gated"
-    """What verifies: the model with its gates at full compute, or the one that they were put on.
-    The two are one unless gates scale; a backbone that learned along cannot be undone."""
+    """The model that verifies: `gated` is the model with its gates at full compute, `original` is
+    the model before gates were added. They differ only where gates scale. A backbone that was
+    trained with the gates cannot be undone."""
 
     @model_validator(mode="before")
     @classmethod
@@ -164,12 +168,12 @@ class Speculate(DecodeStage):
         return self
 
     def skips(self) -> bool:
-        """Only drafts, verification and prompts below a budget of 1 do."""
+        """Whether drafts, verification or prompts have a budget below 1."""
         return min(self.draft_budget, self.verify_budget, self.prompt_budget or 1) < 1
 
     def compared_with(self) -> DecodeStage | None:
-        """What has the same text without drafts: plain decoding, or skipping at `verify_budget` and
-        `prompt_budget`."""
+        """The decode setting with the same text but without drafts: plain decoding, or skipping at
+        `verify_budget` and `prompt_budget`."""
         if self.verify_budget == 1 and self.prompt_budget is None:
             return None
         return Skip(
@@ -184,42 +188,43 @@ class Speculate(DecodeStage):
         if self.draft_weights == "learned" and not any(stage.role == "draft" for stage in before):
             raise RuleBroken(
                 "learned-needs-network",
-                "draft_weights: learned, and no draft-network stage comes before",
-                fix="put draft-network before, after all other weight stages",
+                "draft_weights: learned needs a draft-network stage before it",
+                fix="add draft-network after all other stages that change weights",
             )
         bits, most = COPY_BITS.get(self.draft_weights), _most_bits(shape, before)
         if bits is not None and most <= bits:
             raise RuleBroken(
                 "draft-of-packed",
-                f"a copy in {bits} bits of weights in {most} bits is no cheaper to draft with",
+                f"a {bits}-bit copy of {most}-bit weights drafts no faster than the weights",
                 fix=f"set draft_weights: {_cheaper(most)}",
             )
         trained = [stage for stage in before if getattr(stage, "backbone", "frozen") != "frozen"]
         if self.target == "original" and any(stage.role == "gate" for stage in trained):
             raise RuleBroken(
                 "original-is-gone",
-                "target: original after gates whose backbone learned along",
+                "target: original, but the gate stage also trained the backbone",
                 fix="set backbone: frozen in the gate stage, or leave target out",
             )
 
 
 def require_prompt_budgets(budget: float | None, before: tuple[Stage, ...]) -> None:
-    """Raise RuleBroken where a prompt budget is asked of gates that calibrate none so low."""
+    """Raise RuleBroken where the gates are not calibrated for a prompt budget this low."""
     gates = [stage for stage in before if stage.role == "gate"]
     if budget is None or budget == 1 or not gates:
         return
     budgets: tuple[float, ...] = getattr(gates[-1], "prompt_budgets", ())
     if min(budgets, default=1.0) > budget:
-        stated = f"down to {min(budgets):g}" if budgets else "for none"
+        stated = f"down to {min(budgets):g} only" if budgets else "for no prompt budget"
         raise RuleBroken(
             "budget-calibrated",
-            f"prompt_budget: {budget:g}, and the gates are calibrated {stated}",
-            fix=f"set prompt_budgets: [{budget:g}] in the gate stage, or more of them",
+            f"prompt_budget is {budget:g}, but the gates are calibrated {stated}",
+            fix=f"add {budget:g} to prompt_budgets of the gate stage",
         )
 
 
 def _most_bits(shape: ModelShape | None, before: tuple[Stage, ...]) -> int:
-    """Bits of the model's largest weights: of the last quantizer, or as its config states them."""
+    """Bits of the model's largest weights: those of the last quantizer, or those that the model's
+    config states."""
     quantizers = [stage for stage in before if stage.role == "quantize"]
     if quantizers:
         return quantizers[-1].most_bits()
@@ -227,6 +232,6 @@ def _most_bits(shape: ModelShape | None, before: tuple[Stage, ...]) -> int:
 
 
 def _cheaper(most: int) -> str:
-    """Drafts for weights of so many bits, in words."""
+    """The draft copies that have fewer bits than such weights, in words."""
     copies = [name for name, bits in COPY_BITS.items() if bits < most]
     return ", ".join([*copies, "int4-head", "own"]) + " or auto"

@@ -1,4 +1,5 @@
-"""A small network that learns to draft for the model: see gateskip/model/draft_network.py."""
+"""The stage `draft-network`: a small network learns to draft for the model
+(gateskip/model/draft_network.py)."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ HELD_OUT = 8  # blocks on which agreement is measured
 
 
 class DraftNetwork(Stage):
-    """Train a small network on what the model says, and put it beside the weights.
+    """Train a small draft network on the model's predictions, and save it beside the weights.
 
-    It drafts from the model's last hidden state and the last token, at a few percent of the cost of
-    a token, and takes a few megabytes; the weights stay what they are. `speculate` uses it as
-    `draft_weights: learned`. Text that the model writes itself is the best to learn from
-    (`data.train: {mix: {self-written: 1, ...}}`).
+    It drafts from the model's last hidden state and the last token. A draft costs a few percent of
+    a token's compute, and the network takes a few megabytes. The model's weights do not change.
+    `speculate` uses it with `draft_weights: learned`. It learns best from text that the model
+    writes itself (`data.train: {mix: {self-written: 1, ...}}`).
     """
 
     role: ClassVar[Role] = "draft"
@@ -37,23 +38,23 @@ class DraftNetwork(Stage):
     """The stage's name."""
 
     init: str | None = Field(default=None, min_length=1)
-    """The path of a draft_network.safetensors to go on from; a new network when left out."""
+    """Path of a draft_network.safetensors to start from; a new network when left out."""
 
     steps: int = Field(default=DRAFT.steps, ge=0)
-    """Optimizer steps; 0 leaves the network as `init` has it, and reads no text."""
+    """Optimizer steps; 0 leaves the network of `init` unchanged and reads no text."""
 
     batch: int = Field(default=DRAFT.batch, ge=1)
     """Sequences in one step."""
 
     blocks: int = Field(default=1000, ge=2)
-    """Blocks of the training text that are read; what the model says of them is kept in memory, and
-    each is gone over several times."""
+    """Blocks of the training text. The model's predictions on them are kept in memory, and training
+    goes over each block several times."""
 
     length: int | None = Field(default=None, ge=16)
     """Tokens in one block; when left out, `data.train.length`."""
 
     unroll: int = Field(default=DRAFT.unroll, ge=1, le=8)
-    """Tokens that the network drafts of each place while it trains."""
+    """Tokens that the network drafts at each position while it trains."""
 
     lr: float = Field(default=DRAFT.lr, gt=0)
     """Learning rate at its peak."""
@@ -62,18 +63,20 @@ class DraftNetwork(Stage):
     """Neurons of its MLP; when left out, as many as an MLP of the model has."""
 
     vocabulary: int = Field(default=8192, ge=8)
-    """Tokens that it can draft: those that are most frequent in its training text."""
+    """Tokens that it can draft: the most frequent ones of its training text."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = DRAFT.precision
-    """Mixed precision of the training, as accelerate names it."""
+    """Mixed precision of the training, by accelerate's names."""
 
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
         if self.steps == 0 and self.init is None:
-            raise ValueError("steps: 0 leaves a new network without training: name one with init")
+            raise ValueError("steps: 0 trains nothing: name a trained network with init")
         usual = type(self).model_fields["vocabulary"].default
         if self.init is not None and (self.inner is not None or self.vocabulary != usual):
-            raise ValueError("inner and vocabulary are those of the network that init names")
+            raise ValueError(
+                "the network that init names sets inner and vocabulary: leave them out"
+            )
         return self
 
     def files(self) -> dict[str, Path]:
@@ -81,7 +84,7 @@ class DraftNetwork(Stage):
         return {} if self.init is None else {"init": Path(self.init)}
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """The states of all text, and the logits' weights."""
+        """The hidden states of all text, and the logits' weights."""
         states = 2.0 * self.blocks * (self.length or length) * shape.hidden_size
         return states + 6.0 * min(self.vocabulary, shape.vocab_size) * shape.hidden_size
 
@@ -103,7 +106,7 @@ class DraftNetwork(Stage):
         return {"parameters": sum(part.numel() for part in network.parameters()), **record}
 
     def _trained(self, job: StageJob, decoder: Decoder) -> tuple[Network, dict[str, Any]]:
-        """A network that has learned, and the record of it."""
+        """A trained network, and its record."""
         import torch
 
         from compose.stages.text.split_text import split_blocks
@@ -137,7 +140,7 @@ class DraftNetwork(Stage):
         return New(model.config.hidden_size, self.inner or model.config.intermediate_size, tokens)
 
     def _given(self, model: Any) -> Network:
-        """The network of the file that `init` names."""
+        """The network in the file that `init` names."""
         from gateskip.errors import FormatError
         from gateskip.model.draft_network import read_network
 
@@ -151,6 +154,6 @@ class DraftNetwork(Stage):
 
 
 def _parted(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks to train on, and a few, at most a quarter, that are held out."""
+    """Blocks to train on, and a few blocks, at most a quarter, that are held out."""
     held = max(1, min(HELD_OUT, len(blocks) // 4))
     return blocks[:-held], blocks[-held:]

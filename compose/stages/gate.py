@@ -1,4 +1,4 @@
-"""The stage `gate`: a gate at every branch decides, token by token, whether it may be skipped."""
+"""The stage `gate`: a gate at every branch decides which tokens may skip the branch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LOGITS = 5  # copies of a block's that exist at once
 
 
 class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
-    """Attach gates to every attention and MLP branch, fine-tune them, calibrate thresholds."""
+    """Attach gates to every attention and MLP branch, fine-tune them, and calibrate thresholds."""
 
     role: ClassVar[Role] = "gate"
     on_gpu: ClassVar[bool] = True
@@ -62,7 +62,8 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
     """The stage's name."""
 
     recipe: Literal["ours", "paper"] = "ours"
-    """Defaults of the groups: ours, or the published ones (training/recipe.py lists them)."""
+    """Defaults of the groups: this project's (`ours`), or those of the published method;
+    gateskip/training/recipe.py lists them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,36 +79,35 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         if self.place == "before" and not self.scales:
             raise ValueError("place: before multiplies a branch's input, so it needs scales: true")
         if self.masks == "hard" and not self.scales and self.steps:
-            raise ValueError("masks: hard teach gates nothing unless they scale: set scales: true")
+            raise ValueError("masks: hard trains gates only where they scale: set scales: true")
         if self.scales and self.init == WARM:
             raise ValueError("gates that scale must start open: set init: open")
         require_room(self.on_policy, self.length)
         if self.on_policy is not None and self.loss == "cross-entropy":
             raise ValueError("on_policy learns from the dense model: set loss: distill or both")
         if self.reading and self.on_policy is not None:
-            raise ValueError("reading: true learns from given answers: leave on_policy out")
+            raise ValueError("reading: true trains on answers of the text: leave on_policy out")
         if self.reading and not self.prompt_budgets:
-            raise ValueError("reading: true is for prompts: name prompt_budgets")
+            raise ValueError("reading: true trains gates for prompts: set prompt_budgets")
         if self.reading and self.prompt_order == "depth":
-            raise ValueError("reading: true ranks branches by harm: leave prompt_order out")
+            raise ValueError("reading: true ranks branches by sensitivity: leave prompt_order out")
         if self.prompt_order == "depth" and not self.prompt_budgets:
-            raise ValueError("prompt_order: depth is for prompts: name prompt_budgets")
+            raise ValueError("prompt_order: depth applies to prompts: set prompt_budgets")
         if self.least > self.most:
             raise ValueError(f"least: {self.least} is above most: {self.most}")
         return self
 
     def tolerates(self, rule: str) -> bool:
-        """Gates alone can learn on packed weights: their gradients do not pass into them."""
+        """Gates alone can learn on packed weights: no gradient passes into the weights."""
         return rule == "gate-after-quantize" and self.backbone == "frozen"
 
     def held(self) -> float:
-        """The model, its teacher, and what trains of it; or the file as it is mapped."""
+        """The model, its teacher, and the trained part in float32; or the file as it is mapped."""
         return AS_STORED if self._computes_as_stored() else TRAINED[self.backbone]
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """A training step, and what a warm start has of a block: logits that it differentiates,
-        and sums of all branches; or states and a layer's sums that shortcuts are fitted to; and an
-        LM head that is widened."""
+        """The largest of a training step; a warm start's logits and sums of a block; the states and
+        sums to which shortcuts are fitted; and an LM head converted to float32."""
         logits = 4.0 * LOGITS * self.length * shape.vocab_size
         saved = training_bytes(shape, self.batch * self.length, self.length)
         sums_of_layer = 4.0 * 2 * shape.hidden_size**2
@@ -123,7 +123,8 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         return {} if self.init in (WARM, OPEN) else {"init": Path(self.init)}
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
+        """Save gates beside the model: attach, fine-tune, calibrate; train the backbone where asked
+        for."""
         from compose.artifacts.packed_folder import load_as_stored
         from gateskip.checkpoint import GateFile, save_gates
         from gateskip.model.norms import has_folded_norms
@@ -164,8 +165,8 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         return record
 
     def _computes_as_stored(self) -> bool:
-        """Whether the model stays in the type of its file. The engine decodes otherwise in bfloat16
-        than in float32, and so does who writes text with it."""
+        """Whether the model keeps its stored type. Decoding differs between bfloat16 and float32,
+        so thresholds on text that the model writes need the stored type."""
         return self.backbone == "frozen" and self.on_policy is None and self.calibrate_on == "text"
 
     def _blocks(self, job: StageJob) -> tuple[Tensor, Tensor]:
@@ -183,7 +184,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         return unseen(train, calibration), calibration
 
     def _start(self, job: StageJob, model: Any, train: Tensor) -> tuple[Gates, list[float] | None]:
-        """Gates to begin with, and the branches' sensitivities where they are needed."""
+        """Initial gates, with the branches' sensitivities where these are needed."""
         from gateskip.calibration.fit_shortcuts import fit_shortcuts
         from gateskip.calibration.warm_start import sensitivities, warm_start
         from gateskip.gates.kinds import make_gates
@@ -193,7 +194,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         ranks = self._ranks([branch.kind for branch in find_branches(model)])
         if max(ranks) >= width:
             raise UserError(
-                f"shortcut: {max(ranks)} is no low rank for a model {width} wide",
+                f"shortcut: {max(ranks)} is too large a rank for hidden size {width}",
                 fix="set shortcut: 32, or 0 for none",
             )
         sizes = {"rank": self.rank} if self.kind in ("low-rank", "mlp") else {}
@@ -228,7 +229,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         return [shortcut.mlp if kind == "mlp" else shortcut.attention for kind in kinds]
 
     def _read(self, sizes: dict[str, int], model: Any) -> Gates:
-        """The gates of the file that `init` names, made to fit the model's norms."""
+        """The gates in the file that `init` names, adapted to the model's norms."""
         from gateskip.checkpoint import read_gates
         from gateskip.gates.norms import fit_norms
         from gateskip.model.families import find_branches
@@ -244,15 +245,15 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
             raise UserError(
                 f"the gates in {path.name} are for {gates.branches} branches of"
                 f" {gates.hidden_size} inputs, but the model has {count} of {width}",
-                fix="set init: warm, or name gates that were made for this model",
+                fix="set init: warm, or name gates of this model",
             )
         try:
             fit_norms(gates, model)
         except ValueError as error:
             raise UserError(
                 f"{path.name} does not fit the model: {error}",
-                fix="set init: warm, or fold the file's model into it"
-                " (gateskip.gates.norms.fold_norms_into_gates)",
+                fix="set init: warm, or convert the gates with"
+                " gateskip.gates.norms.fold_norms_into_gates",
             ) from error
         return gates
 
@@ -282,8 +283,8 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         sensitivity: list[float] | None,
         gone: frozenset[int] = frozenset(),
     ) -> CalibratedBudgets:
-        """Thresholds for every budget on blocks [N, S] or on what the model writes, and for those
-        between them; no token enters the branches `gone`."""
+        """Thresholds for every budget, and for those between them, on blocks [N, S] or on text that
+        the model writes. No token enters the branches `gone`."""
         from gateskip.calibration.thresholds import calibrate_everywhere
         from gateskip.model.families import find_branches
         from gateskip.training.written_calibration import calibrate_written
@@ -332,7 +333,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         gone: frozenset[int],
         settings: dict[str, Any],
     ) -> CalibratedBudgets | None:
-        """Thresholds for tokens of prompts, on blocks [N, S]; None where none are asked for."""
+        """Thresholds for tokens of prompts, on blocks [N, S]; None without `prompt_budgets`."""
         from gateskip.calibration.reading import calibrate_prompts
 
         if not self.prompt_budgets:
@@ -352,8 +353,8 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         )
 
     def _measure_sensitivity(self, job: StageJob, model: Any, gates: Gates, blocks: Tensor) -> None:
-        """Measure how sensitive answers are to branches' absence from prompts, unless the gates
-        have that of these very weights."""
+        """Measure how sensitive answers are to skipping each branch in prompts, unless the gates
+        already have that for these very weights."""
         from gateskip.calibration.reading import prompt_sensitivity
 
         if gates.prompt_sensitivity is None or self.backbone != "frozen":
@@ -363,7 +364,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
             )
 
     def _save_backbone(self, job: StageJob, model: Any) -> None:
-        """A trained backbone is written; a frozen one is the source's files, untouched."""
+        """Save a trained backbone; keep the source's files for a frozen one."""
         import torch
 
         from compose.artifacts.folder import copy_source
@@ -375,8 +376,8 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
 
 
 def unseen(train: Tensor, calibration: Tensor) -> Tensor:
-    """Blocks [N, S] to train on, without those of calibration: on text that was trained on, gates
-    keep another share than elsewhere. Where that would remove most of the text, all of it stays."""
+    """Blocks [N, S] to train on, without those of calibration: gates keep another share on text
+    that they were trained on. All blocks stay where this would remove most of the text."""
     from torch import tensor
 
     held = {tuple(row) for row in calibration.tolist()}
@@ -385,7 +386,7 @@ def unseen(train: Tensor, calibration: Tensor) -> Tensor:
 
 
 def _seed(seed: int) -> None:
-    """Seed torch's generator, which new gates are drawn from."""
+    """Seed torch's generator, which draws new gates."""
     import torch
 
     torch.manual_seed(seed)

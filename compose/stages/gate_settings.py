@@ -38,93 +38,102 @@ class _Group(BaseModel):
 
 
 class ShortcutRanks(_Group):
-    """Ranks of shortcuts by kind of branch: an MLP costs three times what attention does."""
+    """Ranks of shortcuts by kind of branch; an MLP has about three times the multiply-adds of
+    attention."""
 
     attention: Rank
-    """Of attention branches."""
+    """Rank for attention branches."""
 
     mlp: Rank
-    """Of MLP branches."""
+    """Rank for MLP branches."""
 
 
 class GateSettings(_Group):
-    """What a gate is, and what stands in for a branch that is skipped."""
+    """The gate itself, and the replacement for a skipped branch."""
 
     kind: GateKind = "scalar"
-    """What a gate computes from a branch's input; `scalar` is one number a token and branch. The
-    last four are baselines: a coin, a constant a branch, Mixture-of-Depths, CALM."""
+    """How a gate computes its output from a branch's input; `scalar` gives one number for each
+    token and branch. The last four are baselines: random, one constant for each branch (`static`),
+    Mixture-of-Depths (`router`) and CALM (`exit`)."""
 
     rank: int = Field(default=8, ge=2)
     """Width of the bottleneck of `low-rank` and `mlp` gates."""
 
     shortcut: Rank | ShortcutRanks = 32
-    """Rank of the linear map that replaces a branch where it is skipped; 0 is nothing, as
-    published. Fitted to the branch by least squares, then trained with the gates. `{attention: 32,
-    mlp: 128}` gives each kind of branch its own."""
+    """Rank of the linear map that replaces a skipped branch; 0 replaces it by nothing, as
+    published. The map is fitted to the branch by least squares, then trained with the gates.
+    `{attention: 32, mlp: 128}` gives each kind of branch its own rank."""
 
     scales: bool = False
-    """Whether gates also multiply what an entered branch adds; then the full model is a gated one.
-    """
+    """Whether gates also multiply the output of a branch that is computed. The model at full
+    compute then uses its gates, too."""
 
     place: Literal["after", "before"] = "after"
-    """Whether gates that scale multiply a branch's output, or its input (an ablation)."""
+    """Whether scaling gates multiply a branch's output (`after`) or its input (`before`, an
+    ablation)."""
 
     init: str = Field(default=WARM, min_length=1)
-    """`warm` (from measured contributions), `open` (random, almost 1, as published), or the path of
-    a gates.safetensors to go on from."""
+    """Initial gates: `warm` (from measured contributions of the branches), `open` (random, output
+    almost 1, as published), or the path of a gates.safetensors."""
 
     kv: Literal["project", "copy"] = "project"
-    """Keys and values of a skipped token: projected by its own layer, or the layer below's."""
+    """Keys and values of a token that skips an attention branch: `project` computes them in the
+    layer itself, `copy` takes those of the layer below."""
 
 
 class TrainSettings(_Group):
-    """How gates, and the model beside them, are fine-tuned."""
+    """How gates, and the backbone beside them, are fine-tuned."""
 
     steps: int = Field(default=TRAIN.steps, ge=0)
     """Optimizer steps of the fine-tune; 0 leaves the gates as `init` made them."""
 
     budget: Budget = 0.8
-    """Share of the branches' multiply-adds that the fine-tune ends at: its lowest."""
+    """Lowest budget of the fine-tune: the share of the branches' multiply-adds that it ends at."""
 
     schedule: Literal["sampled", "linear", "cosine"] = TRAIN.schedule
-    """How the budget runs from 1 to `budget`: drawn above a falling bound, or falling itself."""
+    """How the training budget moves from 1 to `budget`: drawn at random above a bound that falls
+    (`sampled`), or falling itself (`linear`, `cosine`)."""
 
     loss: Literal["distill", "cross-entropy", "both"] = TRAIN.loss
-    """Match the dense model's logits, predict the text, or the sum of both."""
+    """Training loss: match the dense model's logits (`distill`), predict the text, or the sum of
+    both."""
 
     loss_temperature: float = Field(default=TRAIN.loss_temperature, gt=0)
     """Temperature of the distillation."""
 
     hidden_weight: float = Field(default=TRAIN.hidden_weight, ge=0)
-    """Weight of the distance between final hidden states of the model and the dense one."""
+    """Weight of the distance between the final hidden states of the model and those of the dense
+    model."""
 
     sparsity: Literal["none", "l1", "l2", "kl"] = TRAIN.sparsity
-    """A pull on the gates themselves; with `none` the budgets alone make them rank."""
+    """Penalty on the gates' outputs; with `none` only the budgets make gates rank tokens."""
 
     sparsity_weight: float = Field(default=TRAIN.sparsity_weight, ge=0)
-    """Weight of that pull."""
+    """Weight of that penalty."""
 
     masks: Literal["straight-through", "soft", "hard"] = TRAIN.masks
-    """How thresholds mask while training; `hard` passes no gradient, so gates must scale."""
+    """How thresholds mask branches while training. `hard` passes no gradient, so gates must scale.
+    """
 
     ranking: Literal["global", "uniform", "rows"] = TRAIN.ranking
-    """One threshold for all branches while training, or the same kept share for each; or one for
-    all in every row, so that easy texts do not skip for hard ones, as `skip: {hold: true}` decodes:
-    a pass more a step."""
+    """Which tokens are kept while training: by one threshold for all branches, by the same share in
+    each branch, or by one threshold in each row. The last stops easy texts from skipping for hard
+    ones, as `skip: {hold: true}` decodes; it takes a second pass a step."""
 
     branches: Literal["both", "attention", "mlp"] = TRAIN.branches
     """Which branches may be skipped."""
 
     reading: bool = TRAIN.reading
-    """Whether gates learn for prompts alone: each block is cut into a prompt, which skips at the
-    step's budget, and an answer at full compute, which alone is compared with the dense model's."""
+    """Whether gates are trained for prompts alone. Each block is cut into a prompt, which skips at
+    the step's budget, and an answer at full compute. Only the answer is compared with the dense
+    model's."""
 
     backbone: Literal["frozen", "lora", "full"] = "full"
-    """What of the model's own weights learns along: nothing, low-rank updates (merged at the end),
-    or all but the embeddings."""
+    """Which of the model's own weights are trained: none, low-rank updates (merged at the end), or
+    all except the embeddings."""
 
     lora_rank: int = Field(default=TRAIN.lora_rank, ge=1)
-    """Rank of those updates."""
+    """Rank of these updates."""
 
     lr: float = Field(default=TRAIN.lr, gt=0)
     """Learning rate of the gates."""
@@ -139,7 +148,7 @@ class TrainSettings(_Group):
     """Share of the steps over which the learning rates rise."""
 
     decay: Literal["linear", "cosine"] = TRAIN.decay
-    """How they fall afterwards, to a tenth."""
+    """How the learning rates fall afterwards, to a tenth."""
 
     length: int = Field(default=256, ge=8)
     """Tokens in one training sequence."""
@@ -154,49 +163,52 @@ class TrainSettings(_Group):
     """Recompute branches in the backward pass: less memory, more time."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = TRAIN.precision
-    """Mixed precision of the training, as accelerate names it; `auto` is bf16 where the device is
-    fast at it."""
+    """Mixed precision of the training, by accelerate's names; `auto` is bf16 where the device
+    computes it fast."""
 
     on_policy: OnPolicyText | None = None
-    """A second phase, in which the skipping model writes some of the text itself and the dense one
-    corrects it; `{}` is that phase with its defaults."""
+    """A second phase in which the skipping model writes part of the text and the dense model
+    corrects it. `{}` turns it on with its defaults."""
 
     validate_every: int = Field(default=100, ge=0)
-    """Steps between validations on two blocks of the calibration text; 0 validates at the end."""
+    """Steps between validations on two blocks of the calibration text; 0 validates at the end only.
+    """
 
 
 class CalibrateSettings(_Group):
     """How thresholds are calibrated."""
 
     allocation: Allocation = "global"
-    """How a budget is shared out: one threshold for all, the same for each, or by measured harm."""
+    """How a budget is shared out over branches: one threshold for all (`global`), the same share
+    for each (`uniform`), or shares by measured sensitivity (`sensitivity`)."""
 
     least: Share = 0.0
-    """Share of tokens that every branch keeps at any budget."""
+    """Minimum share of tokens that every branch keeps at any budget."""
 
     most: Share = 1.0
-    """Share of tokens that a branch keeps at most."""
+    """Maximum share of tokens that a branch keeps."""
 
     budgets: tuple[Budget, ...] = Field(default=DEFAULT_BUDGETS, min_length=1)
-    """The budgets for which thresholds are calibrated and stored; gaps wider than 0.1 between them,
-    and to full compute, are filled with others."""
+    """Budgets for which thresholds are calibrated and stored. Where two neighbours, or the highest
+    and 1, are more than 0.1 apart, budgets between them are added."""
 
     prompt_budgets: tuple[Budget, ...] = ()
-    """Budgets for which thresholds are calibrated that tokens of prompts may have instead, all but
-    the last: `skip: {prompt_budget: 0.8}`. What answers need of prompts is measured first, on the
-    calibration text cut in two."""
+    """Budgets for which separate thresholds for a prompt's tokens (except the last) are calibrated,
+    as `skip: {prompt_budget: 0.8}` uses them. The effect of each branch in prompts on answers is
+    measured first, on calibration text cut into prompt and answer."""
 
     prompt_order: PromptOrder = "harm"
-    """Which branches tokens of prompts skip first: those that answers need least for what they
-    cost, measured; or the last ones, as depth-wise early exits do."""
+    """Which branches a prompt's tokens skip first: those with the least measured effect on answers
+    for their cost (`harm`), or the last layers (`depth`), as early exits do."""
 
     calibration_blocks: int = Field(default=16, ge=1)
     """Sequences of `length` tokens on which thresholds are calibrated."""
 
     calibrate_on: Literal["text", "written", "both"] = "text"
-    """What thresholds are calibrated on: the calibration text; answers that the model writes itself
-    while it skips at each budget; or both. Prompts are those of the calibration text or of the
-    training text, where one has any, else what the model itself asks in a user's place."""
+    """Text on which thresholds are calibrated: the calibration text (`text`), answers that the
+    model writes while it skips at each budget (`written`), or both. Prompts come from the
+    calibration text or the training text, where one has any; otherwise a chat model writes them as
+    the user."""
 
     written_prompts: int = Field(default=32, ge=1)
     """Prompts that are answered at each budget."""
@@ -208,7 +220,7 @@ class CalibrateSettings(_Group):
     @classmethod
     def _distinct(cls, budgets: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         if len(set(budgets)) < len(budgets):
-            raise ValueError(f"{info.field_name} names a budget twice")
+            raise ValueError(f"{info.field_name} lists a budget twice")
         return budgets
 
 
@@ -221,11 +233,12 @@ GROUPS: dict[str, type[BaseModel]] = {
 
 
 def without_groups(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with those of each group beside the others, as a file may write them, too.
+    """The settings with those of each group moved beside the others. A file may write them either
+    way.
 
     Raises:
-        PydanticCustomError: a group is no mapping, a setting stands twice, or in another group's
-            place; `within` of its context is the place of the mistake.
+        PydanticCustomError: a group is not a mapping, a setting is given twice, or it belongs to
+            another group; `within` of its context is the place of the mistake.
     """
     flat = {name: value for name, value in values.items() if name not in GROUPS}
     for group, model in GROUPS.items():
@@ -234,7 +247,7 @@ def without_groups(values: Mapping[str, Any]) -> dict[str, Any]:
             raise _mistake((group,), "expected a mapping of settings")
         for name, value in inside.items():
             if name in values:
-                raise _mistake((group, name), f"{name} stands twice: here, and beside {group}")
+                raise _mistake((group, name), f"{name} is given twice: here and outside {group}")
             if name not in model.model_fields and (home := _home_of(name)) is not None:
                 raise _mistake((group, name), f"{name} belongs {home}")
             flat[name] = value
@@ -242,9 +255,9 @@ def without_groups(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _home_of(name: str) -> str | None:
-    """Where a setting stands, in words; None where there is none of that name."""
+    """Where a setting belongs, in words; None where no setting has that name."""
     if name in ("use", "recipe"):
-        return "beside the groups"
+        return "outside the groups"
     return next(
         (f"in {group}" for group, settings in GROUPS.items() if name in settings.model_fields), None
     )

@@ -1,5 +1,5 @@
-"""Gates of a model that changes under them: they go along, or what is left of them does, calibrated
-again."""
+"""Carries gates through stages that change the model under them: as they are, or for the remaining
+branches, calibrated again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def require_gates_that_move(stage: Stage, before: tuple[Stage, ...]) -> None:
-    """Refuse to take layers from under gates that know themselves by the number of their layer.
+    """Refuse to remove layers under gates that are tied to layer numbers (router gates).
 
     Raises:
         RuleBroken: `prune-after-gate`.
@@ -26,20 +26,20 @@ def require_gates_that_move(stage: Stage, before: tuple[Stage, ...]) -> None:
         raise RuleBroken(
             "prune-after-gate",
             f"{stage.use} cannot come after router gates: they sit at every second layer",
-            fix=f"put {stage.use} before the gates, or take another kind",
+            fix=f"put {stage.use} before the gates, or use another kind of gates",
         )
 
 
 def carry_gates(job: StageJob) -> None:
-    """Give the target the source's gates as they are, where it has any."""
+    """Copy the source's gates unchanged into the target, where the source has gates."""
     for name in ("gates.safetensors", "gateskip.json"):
         if (job.source / name).is_file():
             shutil.copyfile(job.source / name, job.target / name)
 
 
 def thresholds_from_decoding(folder: Path) -> bool:
-    """Whether a folder's gates are calibrated by decoding. The engine decodes otherwise in bfloat16
-    than in float32, which `keep_gates` needs then."""
+    """Whether a folder's gates are calibrated on decoded text. Decoding differs between bfloat16
+    and float32, so `keep_gates` then needs the stored type."""
     from gateskip.checkpoint import load_gates
 
     file = load_gates(folder) if is_gated(folder) else None
@@ -49,11 +49,11 @@ def thresholds_from_decoding(folder: Path) -> bool:
 def keep_gates(
     job: StageJob, model: Any, layers: list[int], gone: frozenset[int] = frozenset()
 ) -> None:
-    """Give the target the gates that the source has, where it has any.
+    """Give the target the source's gates for the remaining branches, where the source has gates.
 
-    `model` is what is left of the source, and computes in float32; `layers` are the old numbers of
-    its layers, `gone` the new numbers of branches that no token may enter. What goes changes what
-    later gates read, so thresholds are calibrated as the gate stage did, on the same text.
+    `model` is the pruned model in float32; `layers` are the old numbers of its layers, `gone` the
+    new numbers of branches that no token may enter. Removing layers changes the input of later
+    gates, so thresholds are calibrated again as the gate stage did, on the same text.
     """
     if not is_gated(job.source):
         return
@@ -79,5 +79,5 @@ def keep_gates(
 
 
 def _stage_of(file: GateFile) -> Gate:
-    """The stage that made a file of gates."""
+    """The stage that made a gates file."""
     return Gate.model_validate(file.training["parameters"])

@@ -1,4 +1,4 @@
-"""Healing: distil the dense model back into one that pruning has damaged."""
+"""The stage `heal`: distil the dense model into one that pruning or quantizing has damaged."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Heal(Stage):
     """Optimizer steps, at most."""
 
     backbone: Literal["full", "lora", "scales", "codes"] = "full"
-    """What learns: all weights but the embeddings, or low-rank updates of the linear layers, which
-    are merged into them at the end; of a quantized model `scales`, those that its weights share in
-    groups, and its norms; of integer grids (`int4`) `codes` as well, which brings more and takes
-    longer. Format, size and speed stay as they are."""
+    """Which weights learn. `full`: all except the embeddings. `lora`: low-rank updates of the
+    linear layers, merged at the end. `scales`, for quantized models: the scales of their groups,
+    and the norms. `codes`, for integer grids such as `int4`: also the integer codes, which recovers
+    more and takes longer. Format, size and speed do not change."""
 
     lora_rank: int = Field(default=HEAL.lora_rank, ge=1)
-    """Rank of those updates."""
+    """Rank of these updates."""
 
     lr: float = Field(default=HEAL.lr, gt=0)
-    """Learning rate at its peak; low-rank updates and scales bear about ten times that of all
-    weights."""
+    """Peak learning rate. Low-rank updates and scales take about ten times the rate of all weights.
+    """
 
     weight_decay: float = Field(default=HEAL.weight_decay, ge=0)
     """Weight decay of AdamW."""
@@ -65,7 +65,7 @@ class Heal(Stage):
     """Share of the steps over which the learning rate rises."""
 
     decay: Literal["linear", "cosine"] = HEAL.decay
-    """How it falls afterwards, to a tenth."""
+    """How the learning rate falls afterwards, to a tenth."""
 
     batch: int = Field(default=HEAL.batch, ge=1)
     """Sequences in one pass."""
@@ -80,30 +80,31 @@ class Heal(Stage):
     """Softens the teacher's and the student's distributions before they are compared."""
 
     on_policy: OnPolicyText | None = None
-    """A second phase, in which the model that learns writes some of the text itself and the dense
-    one corrects it; `{}` is that phase with its defaults."""
+    """A second phase in which the trained model writes part of the text and the dense model
+    corrects it. `{}` turns it on with its defaults."""
 
     checkpointing: bool = HEAL.checkpointing
     """Recompute layers in the backward pass: less memory, more time."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = HEAL.precision
-    """Mixed precision of the training, as accelerate names it; `auto` is bf16 where the device is
-    fast at it."""
+    """Mixed precision of the training, by accelerate's names; `auto` is bf16 where the device
+    computes it fast."""
 
     validate_every: int = Field(default=HEAL.validate_every, ge=0)
-    """Steps between validations on four blocks that are held out of the training text; the best
-    weights stay. 0 holds nothing out and keeps the last weights."""
+    """Steps between validations on four held-out blocks of the training text; the best weights are
+    kept. 0 holds nothing out and keeps the last weights."""
 
     patience: int = Field(default=HEAL.patience, ge=0)
-    """Validations in a row that may bring nothing before training stops; 0 goes on to the end."""
+    """Validations in a row without improvement before training stops; 0 never stops early."""
 
     def tolerates(self, rule: str) -> bool:
-        """Scales and codes are what packed weights learn by; gates bear that as they bear
+        """Packed weights learn by their scales and codes. Gates tolerate that as they tolerate
         quantization."""
         return self.backbone in PACKED and rule in ("heal-after-quantize", "heal-after-gate")
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, and `scales-are-packing`: scales exist, and are not packed themselves."""
+        """Order rules, and `scales-are-packing`: the weights have scales, and the scales are not
+        packed."""
         super().check(shape, before)
         if self.backbone not in PACKED:
             return
@@ -111,31 +112,31 @@ class Heal(Stage):
         if quantizer is None and not (shape and shape.quantized):
             raise RuleBroken(
                 "scales-are-packing",
-                f"heal with backbone: {self.backbone} works on packed weights, and these are not",
-                fix="put a quantizer before, or set backbone: full or lora",
+                f"backbone: {self.backbone} needs packed weights, and these are not packed",
+                fix="put a quantizer before it, or set backbone: full or lora",
             )
         format_ = shape.quantized if shape else None
         if self.backbone == "codes" and format_ not in (None, GRID_METHOD):
             raise RuleBroken(
                 "codes-are-grids",
-                f"backbone: codes works on integer grids, and these are {format_} weights",
+                f"backbone: codes needs integer grids, and these are {format_} weights",
                 fix="quantize with int8, int4, int3 or int2 (offset: real), or heal scales",
             )
         if getattr(quantizer, "double_quant", False):
             raise RuleBroken(
                 "scales-are-packing",
-                "double_quant packs the scales, so that they cannot learn",
+                "double_quant packs the scales, so they cannot be trained",
                 fix="set double_quant: false",
             )
 
     def held(self) -> float:
-        """The model, what trains of it, and its teacher, as the file is mapped."""
+        """The model, its trained part in float32, and its teacher as a mapped file."""
         if self._computes_as_stored():
             return 2 * AS_STORED
         return TRAINED[self.backbone] - IN_FLOAT32 + AS_STORED
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """A training step, logits of a few tokens, and an LM head that is widened."""
+        """A training step, the logits of a few tokens, and an LM head converted to float32."""
         saved = training_bytes(shape, self.batch * (self.length or length))
         head = IN_FLOAT32 * shape.vocab_size * shape.hidden_size
         return head + (saved / shape.num_layers if self.checkpointing else saved)
@@ -174,12 +175,12 @@ class Heal(Stage):
         return record
 
     def _computes_as_stored(self) -> bool:
-        """Whether the model stays in the type of its file. The engine decodes otherwise in bfloat16
-        than in float32, and so does who writes text with it."""
+        """Whether the model keeps its stored type. Decoding differs between bfloat16 and float32,
+        so text that the model writes needs the stored type."""
         return self.backbone == "lora" and self.on_policy is None
 
     def _save(self, job: StageJob, model: Any) -> None:
-        """Write what was healed; packed weights stay packed, and gates go along."""
+        """Save the healed weights. Packed weights stay packed, and gates are copied."""
         import torch
 
         from gateskip.training.scales import save_scales
@@ -195,7 +196,7 @@ def hold_out(blocks: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
     """Blocks [N, S] to train on, and the last `count` of them, at most a quarter, to validate on.
 
     Raises:
-        UserError: there are too few blocks to part with one.
+        UserError: there are too few blocks to hold one out.
     """
     if count == 0:
         return blocks, None

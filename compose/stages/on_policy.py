@@ -15,37 +15,38 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class OnPolicyText(BaseModel):
-    """How a fine-tune reads what the model in training writes itself."""
+    """How a fine-tune uses text that the model in training writes itself."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     after: Share = DEFAULT.after
-    """Share of the steps that come before this phase."""
+    """Share of the steps before this phase begins."""
 
     share: Share = DEFAULT.share
-    """Share of its passes that read what the model wrote."""
+    """Share of this phase's passes that use text written by the model."""
 
     every: int = Field(default=DEFAULT.every, ge=1)
-    """Steps between two times that it writes."""
+    """Steps between two times that the model writes."""
 
     tokens: int = Field(default=DEFAULT.tokens, ge=1)
     """Tokens that it writes at the end of a block of training text."""
 
     temperature: float = Field(default=DEFAULT.temperature, ge=0)
-    """Of its sampling; 0 is greedy."""
+    """Temperature of its sampling; 0 is greedy."""
 
     divergence: Divergence = DEFAULT.divergence
-    """From the dense model on such text: KL(dense || model) is `forward`, KL(model || dense)
-    `reverse`, the mean of both `mixed`."""
+    """Divergence from the dense model on written text: `forward` is KL(dense || model), `reverse`
+    is KL(model || dense), `mixed` is the mean of both."""
 
     top_k: int = Field(default=DEFAULT.top_k, ge=0)
-    """Tokens, the dense model's most likely ones, that count in it, all others as one; 0 is all."""
+    """Number of the dense model's most likely tokens that count one by one in the divergence; all
+    others count as one. 0 counts every token."""
 
 
 def as_settings(text: OnPolicyText | None) -> OnPolicy | None:
-    """The same for the training loop."""
+    """The settings as the training loop takes them."""
     if text is None:
         return None
     return OnPolicy(**{field.name: getattr(text, field.name) for field in fields(OnPolicy)})
@@ -55,10 +56,10 @@ def require_room(text: OnPolicyText | None, length: int) -> None:
     """Refuse a setting by which the model would write the whole block.
 
     Raises:
-        UserError: `length`, the tokens of a block, is not above the number that the model writes.
+        UserError: `length`, the tokens of a block, is not above the number of tokens to write.
     """
     if text is not None and text.tokens >= length:
         raise UserError(
             f"on_policy writes {text.tokens} tokens at the end of blocks of length {length}",
-            fix="take fewer tokens, or longer blocks",
+            fix="use fewer tokens or longer blocks",
         )

@@ -1,4 +1,4 @@
-"""Prompts that a model in a stage answers itself, from the texts that the stage may read."""
+"""Prompts that a model in a stage answers, from the texts that the stage may read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ASKED = 48  # tokens of what a model asks in a user's place, at most
 def prompts_to_answer(
     job: StageJob, model: Any, blocks: Tensor, count: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of `count` prompts, and those that end an answer.
+    """Token ids of `count` prompts, and the ids of end tokens.
 
-    The prompts are those of the calibration text or of the training text, where one has any that
-    are no longer than a block; else a chat model asks in the user's place, and for any other the
-    beginnings of blocks [N, S] stand in.
+    The prompts come from the calibration text or the training text, where one has any that fit into
+    a block. Otherwise a chat model writes them as the user; for other models they are the
+    beginnings of blocks [N, S].
     """
     from transformers import AutoTokenizer
 
@@ -48,7 +48,7 @@ def prompts_to_answer(
 
 
 def _stated(spec: DataSpec, job: StageJob) -> list[str]:
-    """All prompts of a split's sources, up to its limit of each."""
+    """All prompts of a split's sources, up to the limit of each."""
     prompts: list[str] = []
     for source in spec.weights:
         if source != SELF_WRITTEN:

@@ -1,4 +1,4 @@
-"""The registry of stages: one literal. A new stage is a class in a file here and a row below."""
+"""The table of all stages. A new stage is a class in its own file and one row below."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CLASSES: tuple[type[Stage], ...] = (
 """All stages, in the order in which pages list them."""
 
 STAGES: dict[str, type[Stage]] = {stage.model_fields["use"].default: stage for stage in CLASSES}
-"""What a YAML file's `use` may name."""
+"""The names that `use` may have in a YAML file."""
 
 if TYPE_CHECKING:
     AnyStage = Stage

@@ -1,4 +1,4 @@
-"""The sizes of a model, as its config.json states them: what stages are checked against."""
+"""The sizes of a model from its config.json; stages are checked against them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class ModelShape:
     quantized: str | None = None
     """The quantizer that made the weights (`bitsandbytes`, `gptq`, ...), or None."""
     packed_bits: int | None = None
-    """Bits of the largest weights that it packed, where the source model's config states them;
-    value projections with more bits than the rest are not counted."""
+    """Bits of the largest packed weights, where the source model's config states them; value
+    projections with more bits than the rest are not counted."""
     long_rope: bool = False
-    """Whether each rotary frequency has a factor of its own, as in the long-context Phi3."""
+    """Whether each rotary frequency has its own factor, as in the long-context Phi3."""
     positions: int | None = None
-    """Most tokens of a text, where the config states it."""
+    """Longest text in tokens, where the config states it."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -98,8 +98,8 @@ class ModelShape:
 
     @property
     def value_share(self) -> float:
-        """Share of the value projections in the layers' weights; 0 where they are no layers of
-        their own."""
+        """Share of the value projections in the layers' weights; 0 where they are fused with
+        others."""
         if self.model_type in FUSED_QKV:
             return 0.0
         outer = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
@@ -108,16 +108,16 @@ class ModelShape:
 
     @property
     def tapped(self) -> int:
-        """Numbers that the linear layers of all decoder layers read and give for one token, what
-        several read counted once."""
+        """Numbers that the linear layers of all decoder layers read and write for one token; an
+        input that several layers read counts once."""
         queries, values = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = 2 * queries + 2 * values + 2 * self.hidden_size
         return self.num_layers * (attention + 3 * self.intermediate_size + 2 * self.hidden_size)
 
     def linear_in_features(self, skip: Sequence[str] = ()) -> dict[str, int]:
-        """Input width of each kind of linear layer in a decoder layer; the LM head is not one.
+        """Input width of each kind of linear layer in a decoder layer, without the LM head.
 
-        Kinds that an entry of `skip` ends in are left out.
+        Kinds whose name ends in an entry of `skip` are left out.
         """
         widths = {
             "q_proj": self.hidden_size,
@@ -134,12 +134,12 @@ class ModelShape:
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
-    """A mapping of a config; empty where something else stands there."""
+    """A mapping in a config; empty where the config has something else there."""
     return value if isinstance(value, Mapping) else {}
 
 
 def _count(text: Mapping[str, Any], key: str) -> int | None:
-    """A positive whole number of a config; None where something else stands there."""
+    """A positive whole number in a config; None where the config has something else there."""
     value = text.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
@@ -164,4 +164,4 @@ class StoredBits:
     layers: float
     """Of the linear layers in the decoder layers."""
     outer: float | None = None
-    """Of embedding and LM head; None where these stay as they were."""
+    """Of embedding and LM head; None where these are not packed."""

@@ -1,1 +1,1 @@
-"""Text -> numbers, without training: thresholds, budgets, first gates, shortcuts."""
+"""Calibration on text, without training: thresholds, budgets, first gates, shortcuts."""

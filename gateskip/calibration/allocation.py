@@ -1,4 +1,4 @@
-"""Allocation: gate logits and a budget to thresholds, one a branch."""
+"""Turns gate logits and a budget into thresholds, one for each branch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def allocator(
 ) -> Allocate:
     """The function from gate logits and a budget to thresholds, by the allocation's name.
 
-    costs [branches] are multiply-adds of a token, `free` [branches] marks those that may skip,
-    `min_share` and `max_share` bound the share of tokens that a branch keeps.
+    costs [branches] are multiply-adds of a token, `free` [branches] marks the branches that may be
+    skipped, `min_share` and `max_share` bound the share of tokens that a branch keeps.
 
     Raises ValueError for an unknown name, and for "sensitivity" without sensitivities.
     """
@@ -62,9 +62,9 @@ def global_thresholds(
 ) -> Tensor:
     """One threshold for all free branches: the cost-weighted quantile of all gate logits.
 
-    Bounds on a branch's kept share move its threshold; the common one is then searched again until
-    all branches together keep the budget. logits [branches, tokens] -> [branches]; branches that
-    are not `free` [branches] never skip.
+    Where a bound on a branch's kept share changes its threshold, the common one is searched again
+    until all branches together keep the budget. logits [branches, tokens] -> [branches]; tokens
+    never skip branches that are not `free` [branches].
     """
     z = logits[free].flatten()
     weight = costs[free].unsqueeze(1).expand_as(logits[free]).flatten()

@@ -1,6 +1,6 @@
-"""Thresholds of any budget, interpolated between calibrated ones, and the share that they keep.
+"""Thresholds for any budget, interpolated between calibrated ones, and the share that they keep.
 
-The share that interpolated thresholds keep can differ from the budget. So calibration measures it
+Interpolated thresholds can keep another share than the budget. So calibration measures the share
 half-way between each two calibrated budgets, and a budget that would keep another share is refused.
 """
 
@@ -20,25 +20,26 @@ TINY = 1e-9
 
 @dataclass(frozen=True)
 class CalibratedBudgets:
-    """All calibrated numbers of a model's gates."""
+    """Everything that was calibrated for a model's gates."""
 
     thresholds: Mapping[float, Sequence[float]]
-    """Thresholds, one a branch, for each calibrated budget."""
+    """Thresholds, one per branch, for each calibrated budget."""
     kept: Mapping[float, float] = field(default_factory=dict)
     """Share of the branches' multiply-adds that each budget kept on the calibration text."""
     between: Mapping[float, float] = field(default_factory=dict)
-    """The same for interpolated budgets, half-way between two calibrated ones."""
+    """The same for interpolated thresholds, half-way between two calibrated budgets."""
     phases: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
     """The share that each budget kept of prompts (`prompt`) and of the answers written at it
     (`answer`), where thresholds were calibrated on written text."""
     prompts: CalibratedBudgets | None = None
-    """The same for tokens of prompts, by their effect on answers: see calibration/reading.py."""
+    """The same for tokens of prompts, calibrated by their effect on answers: see
+    calibration/reading.py."""
 
     def for_prompts(self) -> CalibratedBudgets:
         """The budgets that were calibrated for tokens of prompts.
 
         Raises:
-            ValueError: none were.
+            ValueError: there are none.
         """
         if self.prompts is None:
             raise ValueError(
@@ -51,7 +52,7 @@ class CalibratedBudgets:
 
         Raises:
             ValueError: the budget is below the lowest calibrated one, or the share that it keeps
-                was never measured or is more than OFF away from it.
+                was never measured or differs from it by more than OFF.
         """
         if budget >= 1.0:
             return None
@@ -60,9 +61,8 @@ class CalibratedBudgets:
         if exact is None and abs(kept_share - budget) > OFF + TINY:
             calibrated = ", ".join(f"{other:g}" for other in sorted(self.thresholds))
             raise ValueError(
-                f"budget {budget:g} would keep {kept_share:.2f} of the multiply-adds;"
-                f" calibrated are {calibrated}: take one of them, or name {budget:g} in the gate"
-                " stage's budgets"
+                f"budget {budget:g} would keep {kept_share:.2f} of the multiply-adds: use a"
+                f" calibrated budget ({calibrated}), or add {budget:g} to the gate stage's budgets"
             )
         if exact is not None:
             return list(self.thresholds[exact])
@@ -95,8 +95,8 @@ class CalibratedBudgets:
             points.insert(1, (middle, self.between[middle]))
         elif high - low > STEP + TINY:
             raise ValueError(
-                f"what budget {budget:g} keeps, between {low:g} and {high:g}, was never measured: "
-                f"take one of these, or make the gates again with {budget:g} among their budgets"
+                f"the share that budget {budget:g} keeps was never measured: use {low:g} or"
+                f" {high:g}, or make the gates again with {budget:g} among their budgets"
             )
         for (below, share), (above, next_share) in itertools.pairwise(points):
             if budget <= above:
@@ -105,7 +105,7 @@ class CalibratedBudgets:
 
     def curve(self, count: int) -> tuple[float, float, list[list[float]]]:
         """The lowest and the highest calibrated budget, and thresholds at `count` budgets in equal
-        steps from one to the other.
+        steps between them.
 
         Raises:
             ValueError: fewer than two budgets are calibrated.
@@ -113,8 +113,8 @@ class CalibratedBudgets:
         budgets = sorted(self.thresholds)
         if len(budgets) < 2:
             raise ValueError(
-                f"a budget is held by thresholds of several budgets, and {len(budgets)} calibrated:"
-                " make the gates again with more among their budgets"
+                "per-row budget control needs at least two calibrated budgets, and the gates have"
+                f" {len(budgets)}: make them again with more budgets"
             )
         low, high, rows = budgets[0], budgets[-1], list[list[float]]()
         for number in range(count):
@@ -129,7 +129,7 @@ class CalibratedBudgets:
         return budget if exact is None else self.kept[exact]
 
     def _around(self, budget: float) -> tuple[float, float | None]:
-        """The calibrated budgets next below and next above; None above the highest."""
+        """The nearest calibrated budgets below and above; None above the highest."""
         budgets = sorted(self.thresholds)
         if not budgets or budget < budgets[0]:
             lowest = f"{budgets[0]:g}" if budgets else "none"
@@ -139,12 +139,12 @@ class CalibratedBudgets:
 
 
 def _nearest(values: Mapping[float, object], budget: float) -> float | None:
-    """The key that is this budget up to rounding."""
+    """The key that equals this budget up to rounding."""
     return next((key for key in values if abs(key - budget) < TINY), None)
 
 
 def half_way(low: float, high: float) -> float:
-    """The budget in the middle of two, in a form that reads well."""
+    """The budget in the middle of two, rounded to few digits."""
     return round((low + high) / 2, 4)
 
 
@@ -164,7 +164,7 @@ def _between(low: float, high: float, part: float) -> float:
 
 
 def with_gaps_filled(budgets: Sequence[float]) -> list[float]:
-    """The budgets with others between and above them, so that no gap is wider than STEP."""
+    """The budgets with further ones between and above them, so that no gap is wider than STEP."""
     ordered = sorted({budget for budget in budgets if budget < 1})
     if ordered and ordered[-1] < HIGHEST - OFF / 2:
         ordered.append(HIGHEST)

@@ -19,12 +19,13 @@ LARGEST_WEIGHT = 4.0  # of a token in the fit, in medians
 
 @torch.no_grad()
 def fit_shortcuts(model: Any, blocks: Tensor, rank: int | Sequence[int]) -> Shortcuts:
-    """Least-squares shortcuts of one rank, or of one rank for each branch, that imitate the dense
-    model's branches on blocks [N, S] of token ids. Blocks pass layer after layer, so that only one
-    layer's sums exist at a time.
+    """Least-squares shortcuts of one rank, or of one rank for each branch, that approximate the
+    dense model's branches on blocks [N, S] of token ids. Blocks pass layer after layer, so that
+    only one layer's sums exist at a time.
 
     A token's weight is one over the square of the branch's output there, so that relative errors
-    count: a few tokens carry activations a thousand times the usual and would dominate the fit.
+    count. A few tokens have activations a thousand times larger than usual; unweighted, they would
+    dominate the fit.
     """
     branches, width = len(find_branches(model)), model.config.hidden_size
     shortcuts = Shortcuts(branches, width, rank).to(device_of(model))
@@ -50,7 +51,7 @@ def fit_shortcuts(model: Any, blocks: Tensor, rank: int | Sequence[int]) -> Shor
 def token_weights(states: Tensor) -> Tensor:
     """One over the square of each of states [tokens, H], so that relative errors count: [tokens].
 
-    At most LARGEST_WEIGHT medians, since a few tokens' states are almost nothing.
+    At most LARGEST_WEIGHT medians, since the states of a few tokens are almost zero.
     """
     weight = 1 / states.square().sum(1).clamp_min(1e-12)
     return weight.clamp(max=LARGEST_WEIGHT * weight.median())
@@ -86,7 +87,8 @@ class _Sums:
         self.weight += float(weight.sum())
 
     def solve(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """down [r, H], up [H, r], bias [H]: the ridge solution, cut to its r largest directions."""
+        """down [r, H], up [H, r], bias [H]: the ridge solution, truncated to its r largest
+        directions."""
         x, output = self.x / self.weight, self.output / self.weight
         gram = self.gram / self.weight - torch.outer(x, x)
         cross = self.cross / self.weight - torch.outer(x, output)

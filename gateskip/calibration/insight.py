@@ -1,4 +1,4 @@
-"""Inspection of gates: how much compute each branch, kind of token and position gets.
+"""Inspection of gates: the compute that each branch, kind of token and position gets.
 
 The paper reports that the first token has the highest gates in early layers, that punctuation stays
 high, and that deep layers turn to content words (arXiv 2510.13876, section 5). This module measures
@@ -54,7 +54,7 @@ def inspect_text(
     thresholds: Sequence[float],
     kv_rule: str = "project",
 ) -> Inspection:
-    """Run a text's token ids [S] under thresholds, one a branch, and note which tokens enter."""
+    """Run a text's token ids [S] under thresholds, one per branch, and note which tokens enter."""
     importance: list[Tensor] = []
     masks: list[Tensor] = []  # bool [S], a branch each
 
@@ -128,13 +128,13 @@ def summarize(inspections: Sequence[Inspection], positions: int = 8) -> dict[str
 
 
 def _part(length: int, part: int, parts: int) -> Tensor:
-    """Which tokens of a text lie in one of `parts` equal stretches; the anchors lie in none."""
+    """Which tokens of a text are in each of `parts` equal stretches; the anchors are in none."""
     places = torch.arange(length)
     return (places * parts // length == part) & (places >= ANCHORS)
 
 
 def _group(inspections: Sequence[Inspection], chosen: Sequence[Tensor]) -> dict[str, Any]:
-    """Means over the chosen tokens, bool [S] a text."""
+    """Means over the chosen tokens, a bool [S] for each text."""
     pairs = list(zip(inspections, chosen, strict=True))
     compute = torch.cat([text.compute[mask] for text, mask in pairs])
     entered = torch.cat([text.entered[:, mask] for text, mask in pairs], 1)

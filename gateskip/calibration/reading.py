@@ -1,15 +1,15 @@
-"""Skipping in prompts: their tokens skip the branches that answers are least sensitive to.
+"""Skipping in prompts: their tokens skip the branches to which answers are least sensitive.
 
-The model predicts nothing from a prompt's tokens but the last, so a branch matters there only by
-the keys and values that later tokens read. `prompt_sensitivity` measures how much: each block of
-text is cut into a prompt and an answer, all tokens of the prompt skip one branch, and the KL of the
-answer's predictions from the full model's is the branch's sensitivity. It falls towards 0 in late
-layers, after which few layers are left to read the change.
+The model predicts nothing from a prompt's tokens except the last one. So there a branch matters
+only through the keys and values that later tokens read. `prompt_sensitivity` measures this effect:
+each block of text is cut into a prompt and an answer, all tokens of the prompt skip one branch, and
+the KL of the answer's predictions from the full model's is the branch's sensitivity. It falls
+towards 0 in late layers, because few layers after them read the change.
 
 Gates rank the tokens within a branch. Branches are ranked by sensitivity for each multiply-add that
 skipping saves: logits are shifted so that their mean in a branch is the logarithm of that, and one
-threshold for all then keeps a budget. Most branches are then entered by all tokens or by none, so
-that no gate has to be evaluated there.
+threshold for all then keeps a budget. All tokens or none then enter most branches, and no gate has
+to be evaluated there.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def calibrate_prompts(
 ) -> CalibratedBudgets:
     """Thresholds for tokens of prompts, for every budget, on blocks [N, S].
 
-    Order `harm` is by the gates' `prompt_sensitivity`, which must have been measured. `settings`
-    are those of `calibrate`. A prompt's tokens see only other tokens of the prompt, so whole blocks
-    stand for prompts.
+    Order `harm` uses the gates' `prompt_sensitivity`, which must have been measured. `settings` are
+    those of `calibrate`. A prompt's tokens see only other tokens of the prompt, so whole blocks can
+    serve as prompts.
     """
     by = {"harm": shifts_by_sensitivity, "depth": shifts_by_depth}[order]
     shifts = by(model, gates, blocks, kv_rule)
@@ -69,8 +69,8 @@ def prompt_sensitivity(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The KL in nats, a token of the answer, that each branch's absence from the prompt causes
-    [branches]; on blocks [N, S] that are cut at random places."""
+    """The KL in nats, for each token of the answer, that skipping a branch in the whole prompt
+    causes [branches]; on blocks [N, S] that are cut at random places."""
     generator = torch.Generator().manual_seed(seed)
     total, count = torch.zeros(gates.branches), 0
     for done, block in enumerate(blocks.split(1)):
@@ -78,7 +78,7 @@ def prompt_sensitivity(
         total += _summed_kl(model, gates, block, cut, kv_rule)
         count += block.shape[1] - cut
         if progress is not None:
-            progress(done + 1, len(blocks), "measuring what answers need of prompts")
+            progress(done + 1, len(blocks), "measuring prompt sensitivity")
     return total / count
 
 
@@ -125,7 +125,7 @@ def _log_probs(model: Any, hidden: Tensor, cut: int) -> Tensor:
 
 def shifts_by_sensitivity(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Tensor:
     """Shifts of each branch's logits [branches] that bring all to one unit, nats of the answer for
-    each saved multiply-add; means of logits are taken on blocks [N, S]."""
+    each saved multiply-add. Means of logits are taken on blocks [N, S]."""
     assert gates.prompt_sensitivity is not None, "measured before"
     saved = saved_by_skipping(model, gates.shortcuts, kv_rule)
     costs = torch.tensor(saved, dtype=torch.float32).clamp_min(1.0)
@@ -135,7 +135,7 @@ def shifts_by_sensitivity(model: Any, gates: Gates, blocks: Tensor, kv_rule: str
 
 
 def shifts_by_depth(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Tensor:
-    """Shifts of each branch's logits [branches] with which tokens skip the last branches whole
-    before any token skips an earlier one; gates decide in the one between."""
+    """Shifts of each branch's logits [branches] with which tokens skip the last branches completely
+    before any token skips an earlier one. Gates decide only in the branch where the budget ends."""
     means = mean_logits(model, gates, blocks, kv_rule)
     return -APART * torch.arange(gates.branches).to(means) - means

@@ -11,8 +11,8 @@ shares by measured sensitivity."""
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 PromptOrder = Literal["harm", "depth"]
-"""Which branches tokens of prompts skip first: those to which answers are least sensitive for their
-cost (`harm`), or the last ones."""
+"""Which branches a prompt's tokens skip first: those with the least effect on answers for their
+cost (`harm`), or the last layers (`depth`)."""
 
 DEFAULT_BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 """Budgets for which thresholds are calibrated by default."""

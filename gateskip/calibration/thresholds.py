@@ -1,8 +1,8 @@
-"""Thresholds: from a budget, the share of multiply-adds to keep, to one number a branch.
+"""Thresholds: turns a budget, the share of multiply-adds to keep, into one number for each branch.
 
-A threshold is calibrated once on text and stored, so that a token's skips depend on nothing but
-itself and its past: not on batch-mates, not on later tokens, not on how a prefill was cut. The
-published method takes a quantile of the running batch instead (arXiv 2510.13876, section 3.3).
+A threshold is calibrated once on text and stored. So a token's skips depend only on itself and its
+past: not on other rows of the batch, on later tokens, or on how a prefill was cut. The published
+method takes a quantile of the running batch instead (arXiv 2510.13876, section 3.3).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Sample:
 
 Samples = Sequence[Sample]
 TextOf = Callable[[float], Samples]
-"""A budget -> the text that its thresholds are calibrated on, the same object for the same text."""
+"""A budget -> the text on which its thresholds are calibrated; equal text is the same object."""
 
 
 def text_of(blocks: Tensor) -> TextOf:
@@ -90,14 +90,14 @@ def calibrate(
 ) -> list[Calibration]:
     """Thresholds for each budget on blocks [N, S] of token ids, or on another text for each budget.
 
-    Every branch keeps at least a share `min_share` of its tokens and at most `max_share`; `closed`
-    branches never skip. `gone` branches always do: where they alone save more than a budget asks
-    for, less than the budget is kept. `shifts` [branches] are added to the logits of each branch
-    before they are compared with those of others. Where less than a share `sure` of the tokens
-    would enter a branch, or would skip it, all do.
+    Every branch keeps at least a share `min_share` of its tokens and at most `max_share`; tokens
+    never skip `closed` branches. They always skip `gone` branches: where these alone save more than
+    a budget asks for, less than the budget is kept. `shifts` [branches] are added to the logits of
+    each branch before they are compared with those of others. Where less than a share `sure` of the
+    tokens would enter a branch, or would skip it, all do.
 
-    Skipping changes the inputs of later gates, so calibration is a closed loop of at most `rounds`:
-    thresholds are read off the logits measured at the neighbouring budget, the share that they
+    Skipping changes the inputs of later gates, so calibration is a closed loop of at most `rounds`.
+    Thresholds are read off the logits measured at the neighbouring budget, the share that they
     really keep is measured, and the requested share is corrected. The closest round is returned.
     Budgets go from high to low.
 
@@ -145,7 +145,7 @@ def calibrate(
 
 
 def _shifted(allocate: Allocate, shifts: Tensor) -> Allocate:
-    """The same allocation of logits that are shifted by `shifts` [branches]."""
+    """The same allocation of logits after a shift by `shifts` [branches]."""
     return lambda logits, budget: allocate(logits + shifts.unsqueeze(1), budget) - shifts
 
 
@@ -214,7 +214,7 @@ def calibrate_everywhere(
     """As `calibrate`, but so that every budget from the lowest on is available.
 
     Gaps between budgets are filled. The share that thresholds half-way between two budgets keep is
-    measured; where it is more than half of OFF away, the half-way budget is calibrated too.
+    measured; where it differs by more than half of OFF, the half-way budget is calibrated too.
     """
     text = text_of(blocks) if isinstance(blocks, Tensor) else blocks
     thresholds: dict[float, Sequence[float]] = {}
@@ -254,7 +254,7 @@ def kept_by(
     batch: int = 4,
 ) -> float:
     """Share of the branches' multiply-adds that thresholds keep on blocks [N, S], or on the tokens
-    that count of samples."""
+    of samples that count."""
     samples = [Sample.whole(blocks)] if isinstance(blocks, Tensor) else blocks
     row = torch.tensor(list(thresholds), device=device_of(model))
     logits = _collect(model, gates, samples, row, kv_rule, batch)

@@ -2,11 +2,11 @@
 
 Two measurements make a gate. Within a branch, tokens are ranked by the size of the branch's output,
 predicted from its input: the ridge regression of log ||o|| on x. Between branches, the offset is
-the cost of dropping one: with a mask m on the branch, moving m from 1 to 0 changes the model's own
+the cost of dropping one: with a mask m on the branch, moving m from 1 to 0 changes the model's
 predictions by KL = E[(d log p(y) / dm)^2] / 2 to second order, y drawn from the model (the Fisher
-information of the mask). One backward pass gives that for every branch at once, effects on later
-tokens through keys and values included. So all branches share one unit, loss per multiply-add, and
-one threshold can serve them all.
+information of the mask). One backward pass gives that for every branch at once, including effects
+on later tokens through keys and values. All branches then have the same unit, loss per
+multiply-add, and one threshold can serve them all.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def warm_start(
 ) -> tuple[Gates, list[float]]:
     """Gates, and each branch's sensitivity, from blocks [N, S] of token ids.
 
-    `gates` are set in place, whatever their kind; without them new scalar gates are made.
-    `checkpointing` runs branches again for gradients rather than keep their activations.
+    `gates` of any kind are set in place; without them new scalar gates are made. `checkpointing`
+    runs branches again for gradients instead of keeping their activations.
 
     The sensitivity is the KL that dropping the whole branch would cause, to second order. `ridge`
     is relative to the mean variance of the gate's input. Where the gates have shortcuts, a branch's
-    output counts less its shortcut's.
+    output counts without its shortcut's.
     """
     branches = find_branches(model)
     width = model.config.hidden_size
@@ -87,7 +87,7 @@ def sensitivities(
 class Measured:
     """Every branch's inputs and effects on the tokens of one block."""
 
-    inputs: list[Tensor]  # [S, H] a branch: the inputs of its gate
+    inputs: list[Tensor]  # [S, H] per branch: the inputs of its gate
     norms: Tensor  # [branches, S]: ||o|| of its output o, less the shortcut's where there is one
     scores: Tensor  # [branches, S]: half the squared gradient of log p(y) in the branch's mask
 
@@ -100,7 +100,7 @@ def measure(
     shortcuts: Shortcuts | None = None,
     checkpointing: bool = False,
 ) -> Measured:
-    """Run one block [1, S] forward and backward. `generator` is a CPU's, on every device."""
+    """Run one block [1, S] forward and backward. `generator` is a CPU generator, for any device."""
     masks: list[Tensor] = []
     inputs: list[Tensor] = []
     norms: list[Tensor] = []
@@ -157,7 +157,7 @@ class _Ridge:
         self.sum_y = torch.zeros(branches, device=device)
 
     def add(self, inputs: list[Tensor], targets: Tensor) -> None:
-        """inputs: [S, H] a branch; targets [branches, S]."""
+        """inputs: [S, H] per branch; targets [branches, S]."""
         self.count += targets.shape[1]
         for i, x in enumerate(inputs):
             self.gram[i] += x.T @ x

@@ -1,4 +1,4 @@
-"""The settings of `Decoder.generate` in groups, and the same one by one, as keyword arguments."""
+"""The settings of `Decoder.generate`, in groups and as single keyword arguments."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ MAX_DRAFT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class SkipConfig:
-    """What the tokens of prompts and answers compute."""
+    """The compute of prompts and answers."""
 
     budget: float = 0.8
     """Share of the branches' multiply-adds that tokens compute in mode `skip`."""
     prompt: Compute = "budget"
-    """What prompts are computed at where tokens skip: the `budget`, or `full` compute."""
+    """Compute of the prompt in modes that skip: the `budget`, or `full`."""
     answer: Compute = "budget"
-    """What answers are computed at, likewise."""
+    """Compute of the answer: the `budget`, or `full`."""
     prompt_budget: float | None = None
-    """Share that a prompt's tokens compute but the last, by thresholds that keep what answers need
-    of them: see calibration/reading.py. Without it prompts are computed at `budget`."""
+    """Share of multiply-adds that a prompt's tokens compute, except the last one, by thresholds
+    with the least effect on answers: see calibration/reading.py. When None, prompts are computed at
+    `budget`."""
     hold: bool = False
-    """Keep every row at its budget by thresholds that move with its own past: see
+    """Whether each row keeps to its budget by thresholds that move with its own past: see
     runtime/budget_control.py."""
 
 
@@ -35,21 +36,22 @@ class DraftConfig:
     """How mode `speculate` drafts and verifies."""
 
     budget: float = 1.0
-    """Share of the branches' multiply-adds that a draft computes; 1 skips nothing, and then the
-    model's own weights draft nothing."""
+    """Share of the branches' multiply-adds that drafting computes. 1 skips nothing; the model's own
+    weights then draft nothing."""
     length: int | Literal["auto"] = "auto"
-    """Drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs and acceptance, 0
-    while speculation does not pay."""
+    """Tokens drafted before each verification, 1 to 16. `auto` sets it from measured cost and
+    acceptance, to 0 where drafting does not pay."""
     weights: Weights = "auto"
-    """`own`; `int4-head`, where a 4-bit LM head ranks tokens; a copy of all weights in fewer bits,
-    `int4`, `int3`, `int2` (3-bit head) or `nf4`; the small network that the stage `draft-network`
-    trained, `learned`; or `auto`, the one that is fastest here, which is measured once a machine.
-    """
+    """The draft model: the model's own weights (`own`); these with a 4-bit LM head (`int4-head`); a
+    copy of all weights in fewer bits (`int4`, `int3`, `int2` with a 3-bit head, or `nf4`); the
+    small network that the stage `draft-network` trained (`learned`); or `auto`, the fastest of
+    these, measured once per machine."""
     lookup: bool = True
-    """Before drafting, propose what followed the last tokens earlier in the text."""
+    """Whether to look up the last tokens earlier in the text and propose the tokens that followed
+    there, before a draft model is asked."""
     verify_budget: float = 1.0
-    """Share that verification computes: at 1 the tokens are those of mode `plain`, or when sampling
-    their distribution; below 1 those of `skip` at that budget."""
+    """Share of multiply-adds that verification computes. At 1 the tokens are those of mode `plain`
+    (when sampling: their distribution); below 1 those of `skip` at that budget."""
 
     def __post_init__(self) -> None:
         if self.length != "auto" and not 1 <= self.length <= MAX_DRAFT:
@@ -57,7 +59,7 @@ class DraftConfig:
 
 
 class PhaseSettings(TypedDict, total=False):
-    """The fields of SkipConfig but its budget, as keyword arguments."""
+    """The fields of SkipConfig except its budget, as keyword arguments."""
 
     prompt: Compute
     answer: Compute
@@ -66,7 +68,7 @@ class PhaseSettings(TypedDict, total=False):
 
 
 class Settings(PhaseSettings, total=False):
-    """The fields of both groups but `budget`, as keyword arguments of `Decoder.generate`."""
+    """The fields of both groups except `budget`, as keyword arguments of `Decoder.generate`."""
 
     draft_budget: float
     draft_length: int | Literal["auto"]
@@ -83,7 +85,7 @@ DRAFT_KEYWORDS = {
     "lookup": "lookup",
     "verify_budget": "verify_budget",
 }
-"""Keyword arguments of `Decoder.generate`, and the fields that they are."""
+"""Keyword argument of `Decoder.generate` -> field of DraftConfig."""
 Config = TypeVar("Config", SkipConfig, DraftConfig)
 
 
@@ -93,7 +95,7 @@ def grouped(
     budget: float | None,
     settings: Mapping[str, Any],
 ) -> tuple[SkipConfig, DraftConfig]:
-    """Both groups, of which fields may be given as keyword arguments instead.
+    """Both groups; their fields may be given as keyword arguments instead.
 
     Raises TypeError for an unknown keyword, ValueError where a group and a keyword argument differ.
     """

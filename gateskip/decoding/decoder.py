@@ -37,16 +37,17 @@ SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which a draft copy is f
 
 
 class Decoder:
-    """A model with its gates, ready to decode: what `gateskip.load` returns.
+    """A model with its gates, ready to decode: the result of `gateskip.load`.
 
     Attributes:
         skipping: the model and its gates.
         tokenizer: the folder's tokenizer.
-        grid: thresholds, one a branch, for each calibrated budget.
-        defaults: mode and settings that the folder asks for.
-        kernels: how many linear layers run on which compiled kernel.
-        kernel_times: microseconds that chose them, by shape: `ours`, and the library's `own`.
-        fallback: why the backend `native` was not taken, where it was to be taken if it can.
+        grid: thresholds, one per branch, for each calibrated budget.
+        defaults: mode and settings by which the folder is decoded by default.
+        kernels: the number of linear layers on each compiled kernel.
+        kernel_times: microseconds that decided between them, by shape: `ours`, and the library's
+            `own`.
+        fallback: the reason why `auto` did not take the backend `native`.
         network: the draft network, named `learned`, where the folder has one.
     """
 
@@ -87,14 +88,15 @@ class Decoder:
         return self.skipping.arithmetic(scoring=True)
 
     def forget_draft_costs(self) -> None:
-        """Measure again what drafting costs and brings: for another number of threads, say."""
+        """Measure again the cost and acceptance of drafts, for example after a change of the thread
+        count."""
         self._controllers, self._fastest = {}, {}
 
     def thresholds(self, budget: float) -> Thresholds:
         """Thresholds of a budget in (0, 1].
 
         Raises:
-            ValueError: it was not calibrated, and would keep something else.
+            ValueError: the budget was not calibrated, and would keep another share.
         """
         thresholds = self.skipping.limits(self._budgets, budget)
         assert not isinstance(thresholds, BudgetControl), "asked for without per-row control"
@@ -109,7 +111,8 @@ class Decoder:
         return self._budgets.kept_at(budget)
 
     def phases(self, budget: float, **settings: Unpack[PhaseSettings]) -> Phases:
-        """What decides who enters, phase by phase; `settings` are fields of `SkipConfig`.
+        """Limits that decide which tokens enter, phase by phase; `settings` are fields of
+        `SkipConfig`.
 
         Raises:
             ValueError: no phase would skip, a budget was not calibrated, or too few budgets were
@@ -139,12 +142,12 @@ class Decoder:
         return CalibratedBudgets(self.grid, self._kept, self._between, prompts=self._prompts)
 
     def models(self) -> list[SkippingModel]:
-        """The model, and its draft copies as far as they were made."""
+        """The model, and the draft copies that exist."""
         return list(self._drafters.values())
 
     def tensors(self) -> Iterator[Tensor]:
-        """Weights and gates, what the engine made of them, and drafts as far as they were made.
-        Some share their memory."""
+        """Weights and gates, the engine's own tensors, and existing drafts. Some share their
+        memory."""
         for skipping in self.models():
             for part in (skipping.model, skipping.gates):
                 if part is not None:
@@ -155,7 +158,8 @@ class Decoder:
             yield from self.network.network.state_dict().values()
 
     def prepare_drafts(self, weights: Weights = "auto", budget: float = 1.0) -> None:
-        """Make the draft model, or choose it for `auto`, as the first call would.
+        """Make the draft model, or choose it for `auto`. Otherwise the first call that drafts does
+        this.
 
         Raises ValueError as `drafter`, and for `learned` in a folder without a network.
         """
@@ -172,10 +176,11 @@ class Decoder:
         """The draft model: the model itself, or its quantized copy, made on first use; `auto` is
         the fastest draft at a budget.
 
-        Raises ValueError where there can be no copy, and for a network, which is no such model.
+        Raises ValueError where no copy is possible, and for a draft network, which is not a causal
+        LM.
         """
         if weights == "learned":
-            raise ValueError("a draft network is no model that drafts: see prepare_drafts")
+            raise ValueError("a draft network is not a causal LM: see prepare_drafts")
         if weights not in get_args(Weights):
             names = ", ".join(get_args(Weights))
             raise ValueError(f"draft_weights {weights!r}: one of {names}")
@@ -188,7 +193,7 @@ class Decoder:
 
     def fastest_draft(self, budget: float = 1.0) -> tuple[Weights | None, bool]:
         """The fastest draft at a budget, None where there is none, and whether it is faster than
-        plain decoding. Measured once a machine; other copies that were tried are dropped."""
+        plain decoding. Measured once per machine; other copies that were tried are dropped."""
         if budget not in self._fastest:
             before = set(self._drafters)
             self._fastest[budget] = fastest(self, budget)
@@ -219,21 +224,21 @@ class Decoder:
 
         Args:
             mode: `plain` (full compute), `skip` (at the budget of `skip`), or `speculate` (drafted
-                as `draft` says, and verified: the tokens of `plain`, or when sampling its
-                distribution).
-            budget: that of `skip`, in short.
-            skip: what prompts and answers compute.
-            draft: how to draft, and what verification computes.
-            sampler, seed: how tokens are drawn; each row has a random stream of its own.
-            target: what full compute means where gates scale what branches add: the `gated` model,
-                or the `original`, without them. Other gates leave the model what it was.
-            kv_cache: how keys and values are kept: in the `model`'s float type, or in 8 bits with a
-                scale for each token and head (`int8`); None is as `skipping.kv_cache` says.
+                by the settings of `draft`, and verified: the tokens of `plain`, or when sampling
+                its distribution).
+            budget: short for the budget of `skip`.
+            skip: the compute of prompts and answers.
+            draft: how to draft, and the compute of verification.
+            sampler, seed: how tokens are drawn; each row has a separate random stream.
+            target: the model at full compute, where gates scale the branches' output: the `gated`
+                model, or the `original` without gates. With other gates both are the same.
+            kv_cache: format of keys and values: the `model`'s float type, or 8 bits with a scale
+                for each token and head (`int8`); None takes `skipping.kv_cache`.
             eos: token ids that end a row; the ending token is part of the result.
-            stop: strings that end a row as soon as its text holds one.
+            stop: strings that end a row as soon as its text contains one.
             criteria: further StoppingCriteria of transformers.
             on_token: called with (row, token) as tokens are committed.
-            settings: fields of `skip` and `draft` one by one: `prompt`, `answer`, `prompt_budget`,
+            settings: single fields of `skip` and `draft`: `prompt`, `answer`, `prompt_budget`,
                 `hold`; `draft_budget`, `draft_length`, `draft_weights`, `lookup`, `verify_budget`.
 
         Raises:
@@ -282,7 +287,8 @@ class Decoder:
         return Generation([row.tokens for row in rows], stats, used)
 
     def _drafting(self, draft: DraftConfig, batch: int) -> Drafting | None:
-        """How one call drafts; None where it decodes plainly, since no draft is faster here."""
+        """The drafting of one call; None for plain decoding where no draft is faster on this
+        machine."""
         weights, length = draft.weights, draft.length
         thresholds = None if weights == "learned" else self.thresholds(draft.budget)
         pays = weights != "own" or thresholds is not None  # else the draft is the model itself
@@ -317,7 +323,8 @@ class Decoder:
     def _decode(
         self, rows: list[Row], phases: Phases, sampler: Sampler, stats: Stats
     ) -> dict[Phase, Usage]:
-        """Decode, plain or skipping, until all rows have ended; what each phase entered."""
+        """Decode, plain or skipping, until all rows have ended; returns the branches entered in
+        each phase."""
         model, usage = self.skipping, self.skipping.usage
         before = usage.copy()
         cache, prefilled = prefill(model, rows, phases, sampler, stats)
@@ -338,7 +345,7 @@ class Decoder:
         return {"prompt": prefilled.since(before), "answer": usage.since(prefilled)}
 
     def _decode_row(self, row: Row, cache: Cache, limits: Limits, sampler: Sampler) -> int:
-        """Commit tokens of one call until it or the row ends; how many."""
+        """Commit tokens of one call until it or the row ends; returns their number."""
         before = len(row.tokens)
         count = min(IN_ONE_CALL, row.stops.limit - before)
         uniform = [row.uniform() for _ in range(count if sampler.draws is not None else 0)]
@@ -350,7 +357,8 @@ class Decoder:
     # -- accounting ----------------------------------------------------------------------------
 
     def kept_of(self, usage: Usage) -> float:
-        """Share of the branches' multiply-adds that entered, of the tokens that `usage` counted."""
+        """Share of the branches' multiply-adds that was computed, of the tokens that `usage`
+        counted."""
         return kept_share(self.skipping.model, usage)
 
     def saved(
@@ -360,9 +368,9 @@ class Decoder:
         dense: Work | None = None,
         prompt_budget: float | None = None,
     ) -> Saving:
-        """Multiply-adds saved over the tokens that `usage` counted at a budget: of this model's
-        own, or of those of the `dense` one that it was cut from. A gate that any of the thresholds
-        asks counts for all tokens that skip anywhere."""
+        """Multiply-adds saved over the tokens that `usage` counted at a budget, relative to this
+        model, or to the `dense` one that it was pruned from. A gate that any of the thresholds uses
+        counts for all tokens that skip anywhere."""
         skipping, gates = self.skipping, self.skipping.gates
         scaled = gates is not None and gates.scales and skipping.gated  # every gate is asked
         used = [self.thresholds(budget)]

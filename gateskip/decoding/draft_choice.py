@@ -1,7 +1,8 @@
-"""Which draft decodes a model fastest on this machine: measured once, stored with other choices.
+"""Finds the draft that decodes a model fastest on this machine: measured once, stored with other
+choices.
 
 Verification makes every draft give the model's own text, so a stopwatch may choose among them.
-Plain decoding is measured beside them, and stays where no draft is faster.
+Plain decoding is measured with them, and wins where no draft is faster.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ PROMPTS = (
     "Translate into French, then into German: The shop on the corner opens at nine.",
     "How many minutes are three hours and a quarter? Show each step.",
 )
-"""What is answered. Not what the model asks itself: a network that drafts learned on such text, and
-guesses it better than answers to others (docs/experiments.md)."""
+"""Prompts that are answered while drafts are timed. Text that the model asks itself would not do: a
+draft network was trained on such text, and predicts it better than answers to other prompts
+(docs/experiments.md)."""
 TURNS = 2  # of each prompt, the faster of which counts: another process may have run in one
 SECONDS = 0.7  # that a turn of plain decoding lasts, within
 MIN_TOKENS, MAX_TOKENS = 16, 128  # of a turn
@@ -40,11 +42,11 @@ CLEARLY = 1.03  # times as fast as plain decoding a draft must be: noise must no
 SAMPLED = 32  # numbers of each tensor by which a model is known again
 PLAIN = "plain"
 Speeds = dict[str, float]
-"""Times as fast as plain decoding, by name of the draft; 1 for `plain`."""
+"""Name of the draft -> speed relative to plain decoding; 1 for `plain`."""
 
 
 class Decodes(Protocol):
-    """What is timed: a Decoder."""
+    """The part of a Decoder that is timed."""
 
     skipping: SkippingModel
     network: LearnedDraft | None
@@ -60,10 +62,10 @@ class Decodes(Protocol):
 
 
 def fastest(decoder: Decodes, budget: float) -> tuple[Weights | None, bool]:
-    """The fastest draft at a budget, None without any, and whether it is clearly faster than
-    plain decoding.
+    """The fastest draft at a budget, None without any, and whether it is clearly faster than plain
+    decoding.
 
-    Within `autotune.by_capability` nothing is timed: the likeliest draft is taken.
+    Within `autotune.by_capability` nothing is timed: the first candidate is taken.
     """
     names = candidates(decoder.skipping, budget, decoder.network is not None)
     if not names:
@@ -89,9 +91,10 @@ def best(measured: Speeds) -> tuple[Weights | None, bool]:
 
 
 def speeds(decoder: Decodes, names: Sequence[Weights], budget: float) -> Speeds:
-    """Times as fast as plain decoding of the same prompt: medians over prompts.
+    """Speeds relative to plain decoding of the same prompt: medians over prompts.
 
-    Turns alternate. The first prompt is not counted: copies are made, and draft lengths learned.
+    Turns alternate. The first prompt is not counted, because it makes copies and learns draft
+    lengths.
     """
     ratios: dict[str, list[float]] = {name: [] for name in (PLAIN, *names)}
     count = MIN_TOKENS
@@ -121,13 +124,13 @@ def _turn(
 
 
 def _rate(generation: Generation) -> float:
-    """Tokens a second after the first, which comes out of prefill."""
+    """Tokens a second after the first token, which comes from prefill."""
     stats = generation.stats
     return (stats.new_tokens - len(generation.tokens)) / max(stats.decode_s, 1e-9)
 
 
 def fingerprint(model: Any, thresholds: Thresholds) -> str:
-    """What a model's weights and its drafts' thresholds are known again by."""
+    """A text that identifies a model's weights and its drafts' thresholds."""
     digest = hashlib.sha256(repr(thresholds and list(thresholds)).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -1,4 +1,5 @@
-"""How many tokens to draft: from what drafting costs here, and from how much of it is accepted."""
+"""Chooses how many tokens to draft, by the measured cost of drafting and by how much of it is
+accepted."""
 
 from __future__ import annotations
 
@@ -7,22 +8,24 @@ from collections import deque
 from collections.abc import Sequence
 
 MAX_ROUNDS = 32
-"""Of one native call. After some passes over all weights no cache holds what Python needs, so that
-a call takes it about a millisecond: a third of a plain step of a small model in 4 bits."""
+"""Most rounds in one native call. After some passes over all weights no cache holds the data that
+Python needs, so that a call takes it about a millisecond: a third of a plain step of a small model
+in 4 bits."""
 
 
 LEVELS = 16  # of a draft's acceptance: states that differ by less are one
 
 
 class DraftLengthController:
-    """Chooses the draft length that measured costs and acceptance promise most tokens a second for.
+    """Chooses the draft length with the most expected tokens a second, by measured cost and
+    acceptance.
 
-    Drafts end early where they grow unlikely, which `expected_rounds` takes into account, from what
-    was drafted so far. Until enough was, and for drafts that do not say how sure they are,
-    acceptance a counts: k drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
-    2211.17192, equation 1) for the time of k draft steps and one verify pass. Length 0 is plain
+    Drafts end early where they become unlikely. `expected_rounds` takes this into account, from the
+    drafts so far. Until there are enough of them, and for drafts without probabilities, the
+    acceptance rate a counts: k drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
+    2211.17192, equation 1) in the time of k draft steps and one verify pass. Length 0 is plain
     decoding; while it is best, drafting is tried again after ever longer pauses. A decoder keeps
-    its controllers from one call to the next: what speculation costs does not change with the
+    its controllers from one call to the next: the cost of speculation does not depend on the
     prompt.
     """
 
@@ -66,7 +69,7 @@ class DraftLengthController:
         return self.last
 
     def rounds(self) -> int:
-        """How many rounds may follow before a length is chosen again."""
+        """Most rounds until a length is chosen again."""
         if self.times_plain():
             return self.TIMED
         if self.last:
@@ -74,7 +77,7 @@ class DraftLengthController:
         return max(1, self.pause - 1 - self.wait)
 
     def drafts(self) -> int:
-        """How many rounds with a draft may be among them."""
+        """Most rounds with a draft among them."""
         if self.trying:
             return self.TRIED
         return min(self.TOGETHER, self.FRESH - self.since_plain) if self.last else MAX_ROUNDS
@@ -84,7 +87,7 @@ class DraftLengthController:
         return self.plain is None or self.since_plain >= self.FRESH
 
     def waited(self, rounds: int = 1) -> None:
-        """Rounds have gone by in which something else drafted, or nothing did."""
+        """Note that rounds went by without a draft of this controller."""
         if self.last == 0:
             self.wait += rounds
 
@@ -106,23 +109,23 @@ class DraftLengthController:
         return self._try()
 
     def _try(self) -> int:
-        """Draft a little, to see what it costs and brings; until a text proposes something."""
+        """Draft a little, to measure its cost and acceptance; until a text proposes something."""
         self.trying = True
         return self.TRIAL
 
     def min_acceptance(self) -> float:
-        """How likely a whole draft must be accepted for one more token to be worth its cost: the
-        cost of drafting and verifying it, over the plain step that it may save."""
+        """The probability that a whole draft is accepted below which one more token is not worth
+        its cost: the cost of drafting and verifying it, over the plain step that it may save."""
         if self.plain is None or self.draft_step is None or self.per_row is None:
             return 0.0
         return (self.draft_step + self.per_row) / self.plain
 
     def expected(self, probability: float) -> float:
-        """How likely a drafted token is accepted to which the draft gave this probability."""
+        """The probability that a drafted token is accepted, given the draft's probability of it."""
         return self.acceptance_by_bin[self._bin(probability)]
 
     def learn(self, probabilities: Sequence[float], accepted: int) -> None:
-        """Update from a draft's tokens; those after the first rejected one say nothing."""
+        """Update from a draft's tokens; those after the first rejected one carry no information."""
         for position, probability in enumerate(probabilities[: accepted + 1]):
             number = self._bin(probability)
             before = self.acceptance_by_bin[number]
@@ -143,7 +146,7 @@ class DraftLengthController:
         return tokens / (self.plain + drafted * (self.draft_step + self.per_row))
 
     def _round(self, k: int) -> tuple[float, float]:
-        """Tokens that a round with a limit of k is expected to yield, and to draft."""
+        """Expected tokens that a round with a limit of k yields, and drafts."""
         if self.seen < self.KNOWN:  # or drafts do not say how sure they are: looked up
             a = min(self.acceptance, 0.99)
             return (1 - a ** (k + 1)) / (1 - a), k
@@ -163,8 +166,8 @@ class DraftLengthController:
         verify_s: float,
         steps: int = 1,
     ) -> None:
-        """Update from a round: `count` tokens drafted a row, and how many each row accepted; where
-        none were, so many plain `steps`."""
+        """Update from a round: `count` tokens drafted a row, and how many each row accepted; or,
+        where none were drafted, from that many plain `steps`."""
         if count == 0:
             if not self.times_plain():
                 self.waited(steps)
@@ -188,14 +191,13 @@ def expected_rounds(
 ) -> list[tuple[float, float]]:
     """(tokens a round yields, tokens it drafts) for limits of 0 to `longest` drafted tokens.
 
-    A draft goes on while all of it is likely enough to be accepted, so its length differs from
-    round to round, and a mean acceptance rate says too little: sure tokens come in long drafts,
-    unsure ones end them. Drafted tokens are taken as independent, each from a bin of probability
-    with a share and an acceptance rate of its own.
+    A draft goes on while it is likely enough that all of it is accepted, so its length differs from
+    round to round. A mean acceptance rate is not enough: sure tokens come in long drafts, unsure
+    ones end them. Drafted tokens are taken as independent, each from a bin of probability with a
+    share and an acceptance rate.
 
-    `shares` and `accepted` are each bin's share of drafted tokens and acceptance rate; a draft ends
-    once its acceptance, the product over its tokens, is `min_acceptance` or
-    lower.
+    `shares` and `accepted` are each bin's share of drafted tokens and acceptance rate. A draft ends
+    once its acceptance, the product over its tokens, is `min_acceptance` or lower.
     """
     going = {LEVELS: 1.0}  # how likely the draft still goes on, by its acceptance
     tokens, drafted = 1.0, 0.0  # verifying yields one by itself
@@ -216,8 +218,8 @@ def expected_rounds(
 
 
 class Recent:
-    """The last few times of something. Its first time, and one during which the system did other
-    work, is far too long, so the median counts, the lower one of two."""
+    """The last few durations of something. The first one, and one during which the system did other
+    work, are far too long; so the median counts, the lower one of two."""
 
     KEPT = 5
 
@@ -225,6 +227,6 @@ class Recent:
         self._times = deque[float](maxlen=self.KEPT)
 
     def add(self, seconds: float) -> float:
-        """Take one more -> their median."""
+        """Add a duration; returns their median."""
         self._times.append(seconds)
         return statistics.median_low(self._times)

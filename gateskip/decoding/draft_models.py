@@ -1,4 +1,4 @@
-"""Drafts of a model: the model itself, a cheaper copy of its weights, or a small network."""
+"""Draft models: the model itself, a cheaper copy of its weights, or a small network."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
 Weights = Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "auto"]
-"""What drafts: the model's own weights; these, but for a 4-bit LM head; a copy; a small network
-that learned to; or the one of these that is measured to be the fastest here (draft_choice.py)."""
+"""The draft model: the model's own weights; these with a 4-bit LM head; a quantized copy; a trained
+small network; or the one of these that is measured to be the fastest (draft_choice.py)."""
 MAX_DRAFTED = 65536
-"""Tokens that copies draft, which are 94 to 97 % of what Gemma 3 270M writes: its LM head of 262144
-is more than half of a copy that drafts all. Fewer cost as much in acceptance as they save."""
+"""Number of tokens that copies can draft: 94 to 97 % of the tokens that Gemma 3 270M writes. A full
+LM head of 262144 tokens would be more than half of a copy. Fewer tokens lose as much acceptance as
+they save time."""
 TRIED = 2  # integer copies that a choice is made from: those with the most bits
 
 
 def reads_text(weights: Weights) -> bool:
-    """Whether making this draft takes text of the model's own."""
+    """Whether making this draft needs text that the model writes."""
     return weights == "int4-head" or weights in COPIES
 
 
 def make_draft(skipping: SkippingModel, weights: Weights, blocks: Tensor | None) -> SkippingModel:
-    """The model that drafts for a model; blocks [N, S] are token ids, where `reads_text` asks so.
+    """The draft model of this name; blocks [N, S] are token ids, given where `reads_text` says so.
 
-    Raises ValueError where a copy would have no fewer bits than the model's weights.
+    Raises ValueError where a copy would not have fewer bits than the model's weights.
     """
     with torch.inference_mode():
         inputs = None if blocks is None else read_text(skipping.model, blocks)
@@ -67,13 +68,13 @@ def make_draft(skipping: SkippingModel, weights: Weights, blocks: Tensor | None)
 
 
 def drafted_tokens(blocks: Tensor, vocabulary: int) -> Tensor | None:
-    """The tokens [T] that copies draft, by what the model writes in blocks [N, S]; None where they
-    are all."""
+    """The tokens [T] that copies draft, chosen by the text of blocks [N, S] that the model wrote;
+    None where they are all tokens."""
     return frequent(blocks, MAX_DRAFTED, vocabulary) if vocabulary > MAX_DRAFTED else None
 
 
 def draft_copies(skipping: SkippingModel) -> list[Weights]:
-    """Copies that may draft for a model, the likeliest first."""
+    """Copies that may draft for a model, the most promising first."""
     integers: tuple[Weights, ...] = ("int4", "int3", "int2")
     copies = [name for name in integers if is_possible(skipping, name)][:TRIED]
     return [*copies, "nf4"] if is_possible(skipping, "nf4") else copies
@@ -82,8 +83,8 @@ def draft_copies(skipping: SkippingModel) -> list[Weights]:
 def candidates(
     skipping: SkippingModel, budget: float = 1.0, learned: bool = False
 ) -> list[Weights]:
-    """Drafts at a budget that may pay for a model: a network that `learned`, integer copies where
-    the compiled kernels run them, and at less than full compute the model's own weights."""
+    """Drafts at a budget that may be faster for a model: a trained network (`learned`), integer
+    copies where the compiled kernels run them, and below full compute the model's own weights."""
     copies = [] if skipping.engine is None else draft_copies(skipping)
     names: list[Weights] = ["learned"] if learned else []
     names += [name for name in copies if name != "nf4"]
@@ -95,7 +96,7 @@ def candidates(
 
 
 def is_possible(skipping: SkippingModel, weights: Weights) -> bool:
-    """Whether this can draft for a model."""
+    """Whether this draft is possible for a model."""
     bits = copy_bits(weights)
     return bits is None or can_copy(skipping.model, bits)
 
@@ -104,7 +105,8 @@ class LearnedDraft:
     """A network that drafts for a model, with the model's LM head and embedding."""
 
     def __init__(self, skipping: SkippingModel, network: DraftNetwork) -> None:
-        """Nothing is rounded before the first draft: a folder may be decoded without it."""
+        """Nothing is rounded before the first draft, since a folder may be decoded without
+        drafts."""
         self.network, self._skipping, self._model = network, skipping, skipping.model
         self._tokens = network.tokens.long()
 
@@ -115,23 +117,23 @@ class LearnedDraft:
 
     @cached_property
     def _engine(self) -> Engine | None:
-        """The compiled kernels, which have taken the network."""
+        """The engine of compiled kernels, which has taken the network."""
         engine = self._skipping.engine
         if engine is not None:
             engine.use_draft_network(self.network, self._rows)
         return engine
 
     def prepare(self) -> bool:
-        """Round what the kernels read, which takes a moment, if that was not done; whether they
+        """Round the tensors that the kernels read, once, which takes a moment; returns whether they
         draft."""
         return self._engine is not None
 
     @torch.inference_mode()
     def draft(self, request: SampleRequest, state: Tensor) -> SampledTokens:
-        """A draft that follows a token, of which `state` [H] is the final state before.
+        """A draft after a token; `state` [H] is the final state before the token.
 
-        In torch drafts are greedy, whatever is asked for: what a draft is drawn from says so, and
-        verification keeps the distribution.
+        In torch drafts are always greedy. Their `drawn_from` says so, and verification keeps the
+        distribution.
         """
         if self._engine is None:
             return self._in_torch(request, state)

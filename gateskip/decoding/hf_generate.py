@@ -1,4 +1,4 @@
-"""Our decoding inside `model.generate`: GenerationConfig, processors and streamers as usual.
+"""gateskip's decoding inside `model.generate`, with GenerationConfig, processors and streamers.
 
 >>> decoder = gateskip.load("exports/shipped")                          # doctest: +SKIP
 >>> model = decoder.skipping.model                                      # doctest: +SKIP
@@ -20,11 +20,11 @@ from gateskip.decoding.sampling import Sampler
 def custom_generate(
     decoder: Decoder, mode: Mode = "speculate", streamer: Any = None, **settings: Any
 ) -> Callable[..., Tensor]:
-    """A decoding loop for `generate(custom_generate=...)` of the decoder's own model.
+    """A decoding loop for `generate(custom_generate=...)` of the decoder's model.
 
-    `mode` and `settings` are those of `Decoder.generate`. The generation config says how long, when
-    to stop and how to sample; torch's global seed decides what is drawn. A transformers `streamer`
-    is named here, since `generate` (5.24) does not hand its own on to a custom loop.
+    `mode` and `settings` are those of `Decoder.generate`. The generation config sets length,
+    stopping and sampling; torch's global seed sets the random numbers. A transformers `streamer` is
+    given here, since `generate` (5.24) does not pass its own to a custom loop.
     """
 
     def run(
@@ -75,14 +75,15 @@ def custom_generate(
 
 
 def _unpadded(processor: Any) -> Any:
-    """transformers tells its repetition penalty how much padding each row has; ours have none."""
+    """A repetition penalty without transformers' padding length, since rows here have no padding;
+    other processors unchanged."""
     if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
         return type(processor)(processor.penalty)
     return processor
 
 
 def _ids(stated: Any) -> list[int]:
-    """Token ids as a config states them: one, several or none."""
+    """Token ids from a config's field: one, several or none."""
     if stated is None:
         return []
     if isinstance(stated, Tensor):

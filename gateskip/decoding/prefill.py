@@ -1,4 +1,5 @@
-"""Prefill: prompts into a cache, in pieces that bound the memory beside it; and first tokens."""
+"""Prefill: puts prompts into a cache, in pieces that bound the further memory, and commits first
+tokens."""
 
 from __future__ import annotations
 
@@ -22,15 +23,15 @@ PIECE = 1024  # and of one of them: what branches hold then is a tenth of a smal
 
 
 def cache_capacity(prompt: int, new_tokens: int) -> int:
-    """Positions that a row's cache has for a prompt and what follows, rejected drafts among it."""
+    """Positions of a row's cache for a prompt and the new tokens, with room for rejected drafts."""
     return prompt + new_tokens + MAX_DRAFT
 
 
 def prefill(
     model: SkippingModel, rows: Sequence[Row], phases: Phases, sampler: Sampler, stats: Stats
 ) -> tuple[Cache, Usage]:
-    """A cache that holds the prompts of rows, and what was used until they were in it; the first
-    token of every row is committed."""
+    """A cache with the prompts of rows, and the usage of filling it; the first token of every row
+    is committed."""
     started = time.perf_counter()
     longest = max(len(row.prompt) for row in rows)
     cache = model.new_cache(len(rows), cache_capacity(longest, rows[0].stops.limit))
@@ -51,8 +52,8 @@ def prefill(
 def _prefill_together(
     model: SkippingModel, rows: Sequence[Row], cache: Cache, phases: Phases
 ) -> Sequence[Tensor]:
-    """Fill the cache with what of the prompts passes together; the final state [H] of each row's
-    last token of that."""
+    """Fill the cache with the part of the prompts that passes together; returns the final state [H]
+    of each row's last token in it."""
     lengths = [phases.read(len(row.prompt)) for row in rows]
     full_from = phases.full_from(lengths)
     ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)

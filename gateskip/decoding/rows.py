@@ -1,4 +1,4 @@
-"""Texts in the making: their tokens, what ends them, and what they said before."""
+"""Texts in the making: their tokens, their ends, and look-up in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTHS = (3, 2)  # of the n-grams that are looked up, the longer first
 
 @dataclass(frozen=True)
 class StopConditions:
-    """What ends a row."""
+    """Conditions that end a row."""
 
     tokens: frozenset[int]
     strings: tuple[str, ...]
@@ -59,11 +59,11 @@ class Row:
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
 
     def uniform(self) -> float:
-        """A number from 0 to 1 of the row's own random stream."""
+        """A number from 0 to 1 from the row's random stream."""
         return float(self.uniforms(1))
 
     def uniforms(self, count: int) -> Tensor:
-        """So many of them [count]."""
+        """That many numbers from it [count]."""
         return torch.rand(count, generator=self.generator, dtype=torch.float64)
 
     @property
@@ -94,11 +94,12 @@ class Row:
 
 
 class Lookup:
-    """Prompt look-up: what followed the last tokens earlier in a text (Saxena 2023).
+    """Prompt look-up: proposes the tokens that followed the last tokens earlier in a text (Saxena
+    2023).
 
-    Nothing is computed, and where a text repeats its prompt the proposal is often right. It keeps
-    where the n-grams of one growing text ended last, and reads each token once. A search
-    through the text takes longer than a plain step of a small model once the text has some thousand
+    It computes nothing, and where a text repeats its prompt the proposal is often right. It stores
+    where the n-grams of one growing text ended last, and reads each token once. Searching the text
+    each time would take longer than a plain step of a small model once the text has some thousand
     tokens.
     """
 
@@ -109,7 +110,7 @@ class Lookup:
     def propose(self, text: Sequence[int], count: int) -> list[int]:
         """Up to `count` tokens that followed the last earlier occurrence of the text's last n-gram.
 
-        `text` is what it was at the last call, or longer.
+        `text` is the text of the last call, or a longer one that begins with it.
         """
         for end in range(self._read + 1, len(text)):  # the last n-gram is followed by nothing yet
             for n in LENGTHS:

@@ -1,8 +1,8 @@
 """From logits to tokens: a sampler's distributions, drawing from them, accepting drafts.
 
-A next-token distribution is probabilities [V], or one token id (greedy decoding, and drafts that
-were looked up). All decoders use the one function that accepts or resamples, and it computes no
-more of the target's distributions than it needs.
+A next-token distribution is probabilities [V], or one token id (greedy decoding, and drafts from
+look-up). All decoders use the one function that accepts or resamples; it computes only those of the
+target's distributions that it needs.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ Distribution = int | Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How a token is chosen; the defaults are greedy. Fields mean what they do in transformers."""
+    """How a token is chosen; the defaults are greedy. Fields mean what they mean in
+    transformers."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """0 takes the argmax."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0 is all."""
+    """Only the k most likely tokens; 0 is all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability."""
+    """Only the most likely tokens that together have this probability."""
     min_p: float = 0.0
-    """Only tokens at least this likely, relative to the likeliest."""
+    """Only tokens at least this likely, relative to the most likely."""
     repetition_penalty: float = 1.0
     """Divides the scores of tokens that the text already has."""
     processors: tuple[Any, ...] = ()
@@ -49,7 +50,8 @@ class Sampler:
 
     @cached_property
     def draws(self) -> Sampling | None:
-        """What a backend has to know to draw tokens itself; None where that is not all."""
+        """The settings with which a backend can draw tokens itself; None where it needs more than
+        these."""
         if self.temperature == 0 or self.processors or self.repetition_penalty != 1.0:
             return None
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -78,7 +80,7 @@ class Sampler:
         return chain
 
     def distribution(self, logits: Tensor, context: Sequence[int]) -> Distribution:
-        """What the token after `context` is drawn from. logits [V]."""
+        """The distribution of the token after `context`. logits [V]."""
         if self.draws is not None and logits.device.type == "cpu" and ops.has_decoder():
             return ops.distribution(logits.float().contiguous(), abi.Sampling(*self.draws))
         scores = logits.float().unsqueeze(0)
@@ -94,7 +96,7 @@ class Sampler:
     ) -> Iterator[Distribution]:
         """The distributions after `context` and each longer part of `draft`, computed lazily.
 
-        logits [K + 1, V]: row i predicts what follows i drafted tokens.
+        logits [K + 1, V]: row i predicts the token after i drafted tokens.
         """
         if self.temperature == 0 and not self._chain:
             yield from logits.argmax(-1).tolist()
@@ -122,9 +124,9 @@ def accept_or_resample(
     """How many drafted tokens are accepted, and the token that follows them.
 
     `drawn_from[i]` is the distribution of `draft[i]`; `targets` gives the target model's, one more
-    than there are drafts. The tokens together are distributed as if drawn from the target alone
-    (speculative sampling, arXiv 2211.17192, algorithm 1); where the distributions are single tokens
-    they are what greedy decoding gives.
+    than there are drafts. The tokens together have the same distribution as tokens drawn from the
+    target alone (speculative sampling, arXiv 2211.17192, algorithm 1). Where the distributions are
+    single tokens, the result is that of greedy decoding.
     """
     remaining = iter(targets)
     for accepted, (token, source) in enumerate(zip(draft, drawn_from, strict=True)):

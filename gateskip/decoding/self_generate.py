@@ -1,9 +1,9 @@
-"""Text that a model writes itself: what to learn from where no other text is at hand, or wanted.
+"""Text that a model writes itself, for stages that need no other text.
 
-A draft has to be right on what its model says, so that is the text to fit it to (self-generated
-data: arXiv 2305.17888). A chat model is given its template up to the place of a user's words and
-goes on from there, first as the user and then as itself (arXiv 2406.08464); any other model begins
-after its first token.
+A draft has to be right on the text of its model, so it is fitted to such text (self-generated data:
+arXiv 2305.17888). A chat model gets its template up to the place of a user's words and continues
+from there, first as the user and then as itself (arXiv 2406.08464). Any other model begins after
+its first token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLACE = "(what the user says)"
 
 
 class Writer(Protocol):
-    """What text is written with: a Decoder."""
+    """The part of a Decoder that writes text."""
 
     tokenizer: Any
 
@@ -48,13 +48,15 @@ def write(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Token ids [count, length] of a decoder's own text; every row begins with `opening`.
+    """Token ids [count, length] of text that a decoder writes; every row begins with `opening`.
 
-    Raises ValueError where a row holds no more than its opening.
+    Raises ValueError where a row has only its opening.
     """
     first = opening(decoder.tokenizer)
     if len(first) >= length:
-        raise ValueError(f"a text of {length} tokens ends before its opening of {len(first)}")
+        raise ValueError(
+            f"a text of {length} tokens has no room after its opening ({len(first)} tokens)"
+        )
     return go_on(decoder, torch.tensor([first] * count), length, seed, progress)
 
 
@@ -65,7 +67,8 @@ def go_on(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Token ids [N, length] that begin as `given` [N, P], P < length; a decoder goes on."""
+    """Token ids [N, length] that begin as `given` [N, P], P < length, and that a decoder
+    continues."""
     rows: list[list[int]] = []
     for some in given.split(TOGETHER):
         prompts = some.tolist()
@@ -88,8 +91,8 @@ def answer(
 ) -> Tensor:
     """Token ids [N, length], N at most `count`, of prompts and a decoder's answers, end to end.
 
-    A prompt stands in the tokenizer's chat template where there is one. An answer ends at the
-    end-of-text token, or after ANSWER tokens. What is left over at the end is dropped.
+    A prompt is put into the tokenizer's chat template where there is one. An answer ends at the
+    end-of-text token, or after ANSWER tokens. The rest at the end that fills no block is dropped.
 
     Raises ValueError where all answers together do not fill one block.
     """
@@ -117,8 +120,8 @@ def answer(
 def ask(
     decoder: Writer, count: int, length: int, stops: Sequence[int], seed: int = 0
 ) -> list[list[int]]:
-    """Token ids of `count` chats up to where an answer begins: the decoder, whose tokenizer has a
-    chat template, asks in the user's place, in at most `length` tokens."""
+    """Token ids of `count` chats up to the place where an answer begins. The decoder, whose
+    tokenizer has a chat template, writes the user's message in at most `length` tokens."""
     tokenizer, first = decoder.tokenizer, opening(decoder.tokenizer)
     prompts: list[list[int]] = []
     while len(prompts) < count:
@@ -131,7 +134,7 @@ def ask(
 
 
 def asked_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt, up to where its answer begins."""
+    """Token ids of a prompt, up to the place where its answer begins."""
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
@@ -141,7 +144,7 @@ def asked_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """What every text of this model begins with: a chat up to the user's words, or one token."""
+    """The beginning of every text of this model: a chat up to the user's words, or one token."""
     if getattr(tokenizer, "chat_template", None):
         chat = tokenizer.apply_chat_template([{"role": "user", "content": PLACE}], tokenize=False)
         before, place, _ = chat.partition(PLACE)

@@ -1,9 +1,9 @@
 """Self-speculation: rounds in which tokens are drafted and verified.
 
-Drafts are cheap: of an aggressive skip budget, of copies of the weights in fewer bits, of a small
-network, or of what the text said before. Verification is a pass at full compute. Both write the
-cache: drafts attend to the committed, fully computed entries, a verify pass overwrites what the
-drafts left, and what it rejects lies beyond the row's length and is overwritten in turn.
+Drafts are cheap. They come from a low skip budget, from copies of the weights in fewer bits, from a
+small network, or from look-up in the text. Verification is a pass at full compute. Both write the
+cache. Drafts attend to the committed, fully computed entries; a verify pass overwrites the drafts'
+entries; and entries of rejected tokens are beyond the row's length and are overwritten in turn.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from gateskip.runtime.backend import (
 from gateskip.runtime.skipping import Limits, SkippingModel
 
 Passed = tuple[list[list[int]], Cache, list[int], list[int], Limits]
-"""What `SkippingModel.decode` takes: tokens of each row, where they go, and under which limits."""
+"""Arguments of `SkippingModel.decode`: tokens of each row, their places, and their limits."""
 
 
 class Draft:
-    """Drafted tokens of one row, and the distributions they were drawn from."""
+    """Drafted tokens of one row, and the distributions from which they were drawn."""
 
     def __init__(self, limit: int, looked_up: Sequence[int] = ()) -> None:
         self.limit = limit  # tokens it may grow to
@@ -48,7 +48,7 @@ class Draft:
         self.acceptance = 1.0  # how likely all of it is accepted
 
     def take(self, sampled: SampledTokens) -> None:
-        """Become what a backend drafted."""
+        """Become the draft of a backend."""
         self.tokens, self.probabilities = sampled.tokens, sampled.probabilities
         self.drawn_from = list(sampled.drawn_from)
 
@@ -68,11 +68,11 @@ class Draft:
 
 @dataclass
 class Drafting:
-    """How drafts are made in one call: by `model` under `thresholds`, `length` tokens each.
+    """How one call drafts: by `model` under `thresholds`, `length` tokens each.
 
-    With `lookup`, what the text itself proposes comes first. Controllers, if any, set the lengths.
-    `weights` names the model; `none` never drafts, so that look-up alone does. A `network` drafts
-    in the model's place, from the final state before a row's last token.
+    With `lookup`, tokens that the text itself proposes come first. Controllers, if any, set the
+    lengths. `weights` names the model; `none` never drafts, so that look-up alone does. A `network`
+    drafts instead of the model, from the final state before a row's last token.
     """
 
     model: SkippingModel
@@ -90,7 +90,7 @@ class Drafting:
         return by_network and self.model.row_decoder is not None
 
     def make(self, rows: list[Row], sampler: Sampler, cache: Cache) -> list[Draft]:
-        """A draft for every row: looked up where the text repeats itself, else decoded."""
+        """A draft for every row: looked up where the text repeats itself, otherwise decoded."""
         drafts = self._begin(rows)
         if self.network is not None:
             for draft, row in zip(drafts, rows, strict=True):
@@ -129,13 +129,13 @@ class Drafting:
         draft.take(network.draft(self._request(draft, row, sampler), row.state))
 
     def _request(self, draft: Draft, row: Row, sampler: Sampler) -> SampleRequest:
-        """What a backend is asked to draft."""
+        """The request for a backend to draft."""
         drawn = draft.limit if sampler.draws is not None else 0
         uniform = [row.uniform() for _ in range(drawn)]
         return SampleRequest(row.last, draft.limit, sampler.draws, uniform, self.limit())
 
     def limit(self) -> DraftLimit:
-        """Where a draft ends."""
+        """The condition that ends a draft."""
         if self.controller is None:
             return DraftLimit(0.0, [1.0])  # draft on, whatever it is
         return DraftLimit(self.controller.min_acceptance(), self.controller.acceptance_by_bin)
@@ -160,8 +160,8 @@ class Drafting:
         return self.length
 
     def lengths(self) -> tuple[int, int, int, int]:
-        """For rounds of one row: tokens that are drafted and looked up at most, and how many rounds
-        there are, and how many with a draft, until this is asked again."""
+        """For rounds of one row: most tokens that are drafted and looked up, most rounds, and most
+        rounds with a draft, until this is called again."""
         if self.controller is None or self.lookup_controller is None:
             length = 0 if self.weights == "none" else self._length(None)
             return length, self._length(None) if self.lookup else 0, MAX_ROUNDS, MAX_ROUNDS
@@ -179,13 +179,12 @@ class Drafting:
         return drafted, looked_up, rounds, drafts
 
     def _used_controllers(self) -> list[DraftLengthController]:
-        """The controllers whose drafts this call can have."""
+        """The controllers of the drafts that this call can have."""
         used = (self.weights != "none", self.controller), (self.lookup, self.lookup_controller)
         return [controller for drafts, controller in used if drafts and controller is not None]
 
     def observe(self, done: Round) -> None:
-        """Tell the controllers what a round cost and how much was accepted, or how many plain
-        steps it had."""
+        """Tell the controllers a round's cost and accepted tokens, or its number of plain steps."""
         if self.controller is None or self.lookup_controller is None:
             return
         longest = max(row.drafted for row in done.rows)
@@ -303,8 +302,8 @@ def _verify(
 def _targets(
     model: SkippingModel, rows: list[Row], drafts: list[Draft], sampler: Sampler, passed: Passed
 ) -> tuple[Sequence[Iterable[Distribution]], Sequence[Tensor]]:
-    """Of each row, what follows its last token and each token of its draft, and the final
-    states [K + 1, H] there."""
+    """For each row, the distributions after its last token and after each token of its draft, and
+    the final states [K + 1, H] there."""
     counts = [len(ids) for ids in passed[0]]
     if sampler == GREEDY:
         chosen, states = model.argmax(*passed)

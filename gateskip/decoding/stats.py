@@ -1,4 +1,4 @@
-"""What one `generate` call did: tokens, times, and what became of drafts."""
+"""Statistics of one `generate` call: tokens, times, and the outcome of drafts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADDED = (
 
 @dataclass
 class Stats:
-    """What one `generate` call did and how long it took, in seconds and tokens."""
+    """Counts and times of one `generate` call, in tokens and seconds."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -34,14 +34,14 @@ class Stats:
     draft_s: float = 0.0
     verify_s: float = 0.0
     draft_lengths: dict[int, int] = field(default_factory=dict)
-    """How often each draft length was tried; 0 is a plain step."""
+    """How many times each draft length was tried; 0 is a plain step."""
     draft_weights: str | None = None
-    """What drafted; `none` where no draft was measured to be faster than plain decoding."""
+    """The draft model; `none` where no draft was measured to be faster than plain decoding."""
     looked_up: int = 0
-    """Drafted tokens that came from the text itself."""
+    """Drafted tokens that look-up in the text proposed."""
     positions: list[list[int]] = field(default_factory=list)
-    """By position in a draft: how often it was reached with all before it accepted, and accepted.
-    """
+    """By position in a draft: how many drafts reached it with all earlier tokens accepted, and how
+    many tokens were accepted there."""
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -50,7 +50,7 @@ class Stats:
 
     @property
     def mean_accepted_tokens(self) -> float | None:
-        """Tokens a full pass yields; plain decoding has 1. None without a pass."""
+        """Tokens that a full pass yields; plain decoding has 1. None without a pass."""
         return (self.accepted + self.passes) / self.passes if self.passes else None
 
     def add(self, other: Stats) -> None:
@@ -63,7 +63,8 @@ class Stats:
             self.count(position, tried, accepted)
 
     def count(self, position: int, tried: int, accepted: int) -> None:
-        """Drafts at a position that were reached with all before them accepted, and accepted."""
+        """Drafts that reached a position with all earlier tokens accepted, and accepted tokens
+        there."""
         while len(self.positions) <= position:
             self.positions.append([0, 0])
         self.positions[position][0] += tried
@@ -92,7 +93,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """New tokens of every row, without the prompt, and how they came about."""
+    """New tokens of every row, without the prompt, and their statistics."""
 
     tokens: list[Tokens]
     stats: Stats

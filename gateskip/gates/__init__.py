@@ -1,1 +1,1 @@
-"""Gate modules, and what skipped branches add instead."""
+"""Gate modules, and the shortcuts that replace skipped branches."""

@@ -1,10 +1,10 @@
 """The base class of all gates: how much each branch matters to each token.
 
-A gate is g(x) = sigmoid(W x + b), with x what the branch itself reads (GateSkip, arXiv 2510.13876,
-section 3.1). Its importance, the mean of g over the gate's outputs, decides what is skipped: a
-branch is entered where the importance, taken as a logit, reaches a calibrated threshold. Gates that
-`scale` also multiply an entered branch's output, as published. Gates that do not scale leave the
-model at full compute exactly as it was.
+A gate is g(x) = sigmoid(W x + b), with x the branch's input (GateSkip, arXiv 2510.13876, section
+3.1). Its importance, the mean of g over the gate's outputs, decides which tokens skip: a token
+enters a branch where the importance, as a logit, reaches a calibrated threshold. Gates that `scale`
+also multiply an entered branch's output, as published. Gates that do not scale leave the model at
+full compute exactly as it was.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SPREAD = 0.01  # standard deviation of a new gate's weights
 class Gates(Stacked):
     """The gates of all branches; subclasses define the computation of one gate.
 
-    `scales`: whether an entered branch is multiplied by its gate. `place` says where: the branch's
-    output [..., H] (`after`, as published) or its input (`before`, an ablation that needs
-    `scales`).
+    `scales`: whether an entered branch is multiplied by its gate. `place`: whether the gate
+    multiplies the branch's output [..., H] (`after`, as published) or its input (`before`, an
+    ablation that needs `scales`).
     """
 
     kind: ClassVar[str]
@@ -38,7 +38,7 @@ class Gates(Stacked):
     scales: bool = False
     place: Place = "after"
     folded: bool = False
-    """Whether they read inputs of norms without weights (gates/norms.py)."""
+    """Whether the gates read inputs of norms without weights (gates/norms.py)."""
     shortcuts: Shortcuts | None
     """The output of skipped branches; None for zero, as published."""
     harm: Tensor | None
@@ -52,8 +52,8 @@ class Gates(Stacked):
 
     @property
     def prompt_sensitivity(self) -> Tensor | None:
-        """Nats that a token of an answer loses where all tokens of its prompt skip a branch
-        [branches]; None where that was not measured: see calibration/reading.py."""
+        """Loss in nats of an answer's token where all tokens of its prompt skip a branch
+        [branches]; None where it was not measured: see calibration/reading.py."""
         return self.harm
 
     @prompt_sensitivity.setter
@@ -69,7 +69,8 @@ class Gates(Stacked):
         return torch.sigmoid(self.logit(branch, x)).unsqueeze(-1)
 
     def attach(self, model: Any) -> None:
-        """Take whatever the gates read beside a branch's input from the model: mostly nothing."""
+        """Take from the model whatever the gates read besides a branch's input; most kinds need
+        nothing."""
 
     @abstractmethod
     def macs(self) -> int:
@@ -77,7 +78,7 @@ class Gates(Stacked):
 
     @abstractmethod
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """Take over linear read-outs: weight [branches, H], bias [branches].
+        """Initialize from linear read-outs: weight [branches, H], bias [branches].
 
         `mean` [branches, H] is the mean input, for kinds that can only approximate them.
         """

@@ -1,7 +1,7 @@
 """Baselines of learned gates, as gates: noise, constants, early exit, Mixture-of-Depths.
 
-Each decides by something other than a learned read-out of the token. Thresholds, budgets, KV rules,
-physical skipping and the count of multiply-adds are the same for all of them.
+None decides by a learned read-out of the token. Thresholds, budgets, KV rules, physical skipping
+and the count of multiply-adds are the same for all of them.
 
     random   noise that is a function of the token; the backbone may train under its skipping
     static   whole branches by the cost of dropping them, the same for every token
@@ -25,7 +25,7 @@ ALWAYS = 1e4  # logit of a branch that is never skipped
 
 
 class RandomGates(Gates):
-    """Uniform noise that depends on the token's state alone, so it is the same in every batch."""
+    """Uniform noise that depends only on the token's state, so it is the same in every batch."""
 
     kind = "random"
     per_branch = ("direction",)
@@ -42,15 +42,16 @@ class RandomGates(Gates):
         return torch.logit(turns - turns.floor(), eps=1e-6)
 
     def macs(self) -> int:
-        """0: noise needs no products that count."""
+        """0: the cost of noise is not counted."""
         return 0
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """Noise takes nothing over."""
+        """Noise ignores read-outs."""
 
 
 class StaticGates(Gates):
-    """A constant a branch: a budget drops the branches that cost least, for every token."""
+    """A constant for each branch: a budget drops the branches with the least cost, for every
+    token."""
 
     kind = "static"
     per_branch = ("bias",)
@@ -60,7 +61,7 @@ class StaticGates(Gates):
         self.bias = nn.Parameter(torch.full((branches,), OPEN), requires_grad=False)
 
     def logit(self, branch: int, x: Tensor) -> Tensor:
-        """b, whatever x is."""
+        """b, independent of x."""
         return self.part("bias", branch).expand(x.shape[:-1])
 
     def macs(self) -> int:
@@ -74,7 +75,8 @@ class StaticGates(Gates):
 
 
 class RouterGates(Gates):
-    """One scalar gate for both branches of every second layer; the other layers never skip."""
+    """One scalar gate for both branches of every second layer; tokens never skip the other
+    layers."""
 
     kind = "router"
     per_branch = ("weight", "bias")
@@ -109,7 +111,7 @@ class RouterGates(Gates):
 class ExitGates(Gates):
     """A token enters while the LM head, evaluated at a few layers, is not yet confident.
 
-    `attach` sets the model whose head it is. Between two checks the last decision stands; the state
+    `attach` sets the model whose head it is. Between two checks the last decision holds. The state
     of a token that exited no longer changes, so every later check decides the same.
     """
 
@@ -157,4 +159,4 @@ class ExitGates(Gates):
         return len(self.checks) * self.hidden_size * self._vocabulary // self.branches
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """The LM head takes nothing over."""
+        """The LM head ignores read-outs."""

@@ -1,4 +1,4 @@
-"""All kinds of gates by name: one literal. A new kind is a class and a row below."""
+"""All kinds of gates by name, in one table. A new kind is a class and a row below."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_gates(
     if kind not in GATE_KINDS:
         raise ValueError(f"gate kind {kind!r}: one of {', '.join(GATE_KINDS)}")
     if place == "before" and not scales:
-        raise ValueError("gates before a branch scale its input: place 'before' asks for scales")
+        raise ValueError("place 'before' scales a branch's input: it needs scales")
     make: Any = GATE_KINDS[kind]
     gates: Gates = make(branches, hidden_size, **(sizes or {}))
     gates.scales, gates.place = scales, place

@@ -1,8 +1,8 @@
-"""Gates for the same model with other norms: folding a norm's weights into the gates, and back.
+"""Adapts gates to the same model with other norms: folds a norm's weights into the gates, and back.
 
 A gate reads its branch's input, w * x / rms(x). Where w was folded into the branch's layers, it has
 to be folded into the gate as well: W (w * x) = (W diag(w)) x. Gates in that form fit every model of
-the same function: dividing by a model's own w gives the gates for its norms.
+the same function: dividing by a model's w gives the gates for its norms.
 """
 
 from __future__ import annotations
@@ -48,11 +48,13 @@ def fold_norms_into_gates(gates: Gates, model: Any) -> None:
     """Make gates of `model` fit the same model with its norms folded, in place.
 
     Raises:
-        ValueError: its norms add something, or gates of this kind share weights.
+        ValueError: its norms have a bias, or gates of this kind share weights.
     """
     weights = input_norms(model)
     if weights is None:
-        raise ValueError(f"norms of {model.config.model_type} also add, so they cannot be folded")
+        raise ValueError(
+            f"norms of {model.config.model_type} have a bias, so they cannot be folded"
+        )
     scale_inputs(gates, weights)
     gates.folded = True
 
@@ -62,7 +64,7 @@ def fit_norms(gates: Gates, model: Any) -> None:
 
     Raises:
         ValueError: the gates are for norms with weights and the model's are folded; or the gates
-            are folded, and the model's norms add something or gates of this kind share weights.
+            are folded, and the model's norms have a bias or gates of this kind share weights.
     """
     ones = has_folded_norms(model)
     if gates.folded == ones:
@@ -74,6 +76,8 @@ def fit_norms(gates: Gates, model: Any) -> None:
         )
     weights = input_norms(model)
     if weights is None:
-        raise ValueError(f"norms of {model.config.model_type} also add, and these gates are folded")
+        raise ValueError(
+            f"norms of {model.config.model_type} have a bias, but these gates are folded"
+        )
     scale_inputs(gates, torch.where(weights == 0, 0, 1 / weights))
     gates.folded = False

@@ -1,11 +1,11 @@
 """Shortcuts: a low-rank output for skipped branches, at a few percent of a branch's cost.
 
-Even where a branch is least needed its output is not zero: a third to a half of it, measured on the
+Even where a branch matters least its output is not zero. A third to a half of it, measured on the
 tokens that would skip the branch, is a linear function of its input, of low rank. So a skipped
 branch adds U (V x) + c, which a closed form fits before any training (linear shortcuts between
-layers: arXiv 2303.09435; reduced-rank regression: Izenman 1975). The published method passes the
-hidden state on unchanged, as we do without shortcuts. They act on skipped tokens only: the model at
-full compute does not change.
+layers: arXiv 2303.09435; reduced-rank regression: Izenman 1975). The published method, and gates
+without shortcuts, pass the hidden state on unchanged. Shortcuts act on skipped tokens only: the
+model at full compute does not change.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Shortcuts(Stacked):
         super().__init__()
         self.ranks = (rank,) * branches if isinstance(rank, int) else tuple(rank)
         if len(self.ranks) != branches or min(self.ranks, default=0) < 0:
-            raise ValueError(f"ranks {self.ranks} for {branches} branches")
+            raise ValueError(
+                f"{branches} branches need as many ranks of at least 0, not {self.ranks}"
+            )
         rank = max(self.ranks, default=0)
         self.down = nn.Parameter(torch.zeros(branches, rank, hidden_size))
         self.up = nn.Parameter(torch.zeros(branches, hidden_size, rank))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Stacked(nn.Module):
-    """Parameters that hold all branches' parts, one after the other."""
+    """Parameters with the parts of all branches, one after the other."""
 
     _opened: dict[str, tuple[Tensor, ...]] | None = None
 
@@ -22,8 +22,9 @@ class Stacked(nn.Module):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Within this context all parts, those of inner modules too, come from one `unbind`: the
-        gradient of a part that is indexed alone would be as large as the whole parameter."""
+        """Within this context all parts, also those of inner modules, come from one `unbind`.
+        Otherwise the gradient of a part, indexed alone, would be as large as the whole parameter.
+        """
         inside = [module for module in self.modules() if isinstance(module, Stacked)]
         for module in inside:
             parameters = module.named_parameters(recurse=False)

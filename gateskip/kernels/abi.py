@@ -1,13 +1,13 @@
-"""The boundary to the compiled kernels: what src/api.h declares, as ctypes.
+"""The boundary to the compiled kernels: the declarations of src/api.h, as ctypes.
 
-The header is the one declaration. Structures here take their fields from it, functions their
-argument types; `check` refuses by name a library that was built from another one. It is plain C
-behind ctypes. torch.utils.cpp_extension and nanobind with torch.library operators were weighed
-against it: an extension is compiled against torch's headers (18 s for one empty function where all
-kernels here take 13 s), has to be compiled anew for every version of torch and Python, and needs
-the headers of both; importing cpp_extension alone takes as long as importing torch. A dispatcher
-brings autograd and meta tensors, of which decoding needs neither, and costs microseconds a call.
-cffi's ABI mode was measured, too: docs/experiments.md.
+The header is the only declaration. Structures here take their fields from it, functions their
+argument types; `check` refuses by name a library that was built from another header. It is plain C
+behind ctypes. Two alternatives were weighed: torch.utils.cpp_extension, and nanobind with
+torch.library operators. An extension is compiled against torch's headers (18 s for one empty
+function, where all kernels here take 13 s), has to be compiled again for every version of torch and
+Python, and needs the headers of both; importing cpp_extension alone takes as long as importing
+torch. A dispatcher adds autograd and meta tensors, which decoding does not need, and costs
+microseconds a call. cffi's ABI mode was measured, too: docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any
 
 HEADER = Path(__file__).parent / "src" / "api.h"
 SIZES = {"MAX_ROWS": 64, "ROWS_PER_TILE": 16, "BLOCK": 32, "SLOTS_PER_PACK": 32}
-"""Those that both sides know, by their name in the header, which says what they are."""
+"""Sizes that both sides know, by their name in the header, which explains them."""
 MAX_ROWS, ROWS_PER_TILE, BLOCK, SLOTS_PER_PACK = SIZES.values()
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 PARTS = ("linear", "attention", "gates", "lm head")
-"""What a decoder's time is spent on, in the order of the header's enum `Part`."""
+"""Parts of a decoder's time, in the order of the header's enum `Part`."""
 
 
 class AbiMismatch(RuntimeError):
-    """A library, or a number here, differs from the header; the message names what does."""
+    """A library, or a number here, differs from the header; the message names the difference."""
 
 
 class Kind(IntEnum):
-    """How a matrix is stored: MatrixKind of the header, which says what each stands for."""
+    """Storage kinds of a matrix: MatrixKind of the header, which explains each."""
 
     FP32 = 0
     BF16 = 1
@@ -53,8 +53,8 @@ class Kind(IntEnum):
 
     @classmethod
     def packed(cls, bits: int, table: bool, rounded: bool) -> Kind:
-        """That of codes of some bits, which may look values up in a table, with activations that
-        may be rounded to 8 bits."""
+        """The kind of codes with that many bits. They may look values up in a table, and
+        activations may be rounded to 8 bits."""
         return cls[f"INT{bits}{'_TABLE' * table}{'_A8' * rounded}"]
 
     @property
@@ -64,12 +64,12 @@ class Kind(IntEnum):
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return int(self.name[3])
 
 
 class Activation(IntEnum):
-    """What an MLP does to its gate, or to its only projection."""
+    """The function that an MLP applies to its gate, or to its only projection."""
 
     SILU = 0
     GELU_TANH = 1
@@ -77,7 +77,7 @@ class Activation(IntEnum):
 
 
 class NormKind(IntEnum):
-    """How rows are normed."""
+    """Kinds of norms."""
 
     RMS_NORM = 0
     RMS_NORM_FP32 = 1
@@ -93,7 +93,7 @@ class Entering(IntEnum):
 
 
 class PrefillUnits(IntEnum):
-    """What multiplies the rows of a prefill."""
+    """The units that multiply the rows of a prefill."""
 
     NO_UNITS = 0
     VECTORS = 1
@@ -113,8 +113,8 @@ STRUCTURES: dict[str, type[Structure]] = {}
 
 
 class Structure(ctypes.Structure):
-    """A structure of the header with its fields; other names are refused. What it points to may be
-    `held` with it."""
+    """A structure of the header with its fields; other names are refused. `held` keeps objects that
+    it points to alive."""
 
     __slots__ = ("held",)
 
@@ -129,7 +129,7 @@ class Matrix(Structure):
 
     def part(self, first: int, count: int, run: int, stride: int) -> Matrix:
         """Rows of a packed weight in runs of `run`, which begin `stride` apart from row `first`:
-        whole tiles. Its bias is left out."""
+        whole tiles, without the bias."""
         kind = Kind(self.kind)
         part = Matrix.from_buffer_copy(self)
         groups = self.k // self.group * ROWS_PER_TILE  # scales of a tile
@@ -149,7 +149,7 @@ class Norm(Structure):
 
 
 class Shortcut(Structure):
-    """What a row gets that skips a branch."""
+    """The shortcut of a branch, for rows that skip it."""
 
     __slots__ = ()
 
@@ -167,13 +167,13 @@ class Model(Structure):
 
 
 class CacheView(Structure):
-    """Where a KV cache and its rope tables are."""
+    """The place of a KV cache and its rope tables."""
 
     __slots__ = ()
 
 
 class Step(Structure):
-    """Tokens of one forward pass, each a row with its own place in the cache."""
+    """Tokens of one forward pass, each a row with its place in the cache."""
 
     __slots__ = ()
 
@@ -185,7 +185,7 @@ class Sampling(Structure):
 
 
 class Embedding(Structure):
-    """What tokens are at the input."""
+    """The embedding of tokens."""
 
     __slots__ = ()
 
@@ -197,19 +197,19 @@ class DraftNetwork(Structure):
 
 
 class Draft(Structure):
-    """What a draft has beyond the tokens of a row."""
+    """The settings of a draft, beyond the tokens of a row."""
 
     __slots__ = ()
 
 
 class DecodeRequest(Structure):
-    """Tokens of one row to decode one after the other."""
+    """Tokens of one row that are decoded one after the other."""
 
     __slots__ = ()
 
 
 class Round(Structure):
-    """A draft of one row, and what became of it."""
+    """A draft of one row, and its outcome."""
 
     __slots__ = ()
 
@@ -221,19 +221,19 @@ class Speculation(Structure):
 
 
 class PrefillRows(Structure):
-    """Where the tokens of a prefill stand."""
+    """The places of a prefill's tokens."""
 
     __slots__ = ()
 
 
 class Entry(Structure):
-    """Which tokens of a prompt enter a branch, and what those get that skip it."""
+    """Which tokens of a prompt enter a branch, and the shortcut of those that skip it."""
 
     __slots__ = ()
 
 
 class GroupSteps(Structure):
-    """What one group of columns of a weight can be."""
+    """The values that one group of columns of a weight can have."""
 
     __slots__ = ()
 
@@ -248,7 +248,7 @@ class Address:
 
     @staticmethod
     def from_param(pointed: Any) -> Any:
-        """What ctypes passes for it."""
+        """The value that ctypes passes for it."""
         number = pointed is None or type(pointed) is int
         return Pointer.from_param(pointed if number else pointed.data_ptr())
 
@@ -272,20 +272,21 @@ class Function:
 
 @dataclass(frozen=True)
 class Header:
-    """What src/api.h declares."""
+    """The declarations of src/api.h."""
 
     version: int
     structures: dict[str, list[tuple[str, Any]]]
     """Name and ctypes type of each field, by structure."""
     functions: dict[str, Function]
     enums: dict[str, dict[str, int]]
-    """Entries of those that `ENUMS` has here, by name."""
+    """Entries, by name, of the enums that `ENUMS` lists."""
     sizes: dict[str, int]
 
 
 @cache
 def read_header(path: Path = HEADER) -> Header:
-    """Parse src/api.h. Raises OSError where it is missing, AbiMismatch for what cannot be read."""
+    """Parse src/api.h. Raises OSError where it is missing, AbiMismatch where it cannot be
+    parsed."""
     text = re.sub(r"/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     version = re.search(r"#define GATESKIP_ABI_VERSION (\d+)", text)
     enums = dict(re.findall(r"enum (\w+) \{(.*?)\}", text, re.DOTALL))
@@ -346,7 +347,7 @@ def _type(declared: str) -> Any:
 
 
 def _take_fields() -> None:
-    """Give structures the header's fields; where an export carries no sources, none."""
+    """Give structures the header's fields; none where an export has no sources."""
     if not HEADER.exists():
         return
     fields = read_header().structures

@@ -1,13 +1,13 @@
-"""Choices made by a stopwatch: measured once a machine, stored beside the compiled kernels.
+"""Choices by measured speed: timed once per machine, stored beside the compiled kernels.
 
 Some processors that have the instructions multiply twice as fast in bfloat16 as in float32, others
 half as fast; a library's own kernel for packed weights may be faster than ours. Each question is
-timed once for a processor and a version of torch, and every later process reads the answer, so that
-all of them compute alike. `GATESKIP_CACHE` names the folder.
+timed once for a processor and a version of torch. Every later process reads the answer, so that all
+of them use the same arithmetic. `GATESKIP_CACHE` names the folder.
 
-What is trained, calibrated or written must not hang on a stopwatch: within `by_capability` nothing
-is timed and no stored answer is read, the processor's instructions alone decide. `made` says what
-was chosen in this process, for the record.
+Results of training, calibration and writing must not depend on a stopwatch. Within `by_capability`
+nothing is timed and no stored answer is read: only the processor's instructions decide. `made`
+gives the choices of this process, for the record.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def by_capability() -> Iterator[None]:
 
 
 def made() -> dict[str, Any]:
-    """What was chosen so far in this process, by question."""
+    """The choices made so far in this process, by question."""
     return dict(_made)
 
 
 def choices_file() -> Path:
-    """Where this machine's answers are, for this version of torch."""
+    """The file with this machine's answers, for this version of torch."""
     stamp = hashlib.sha256(processor() + torch.__version__.encode()).hexdigest()[:16]
     return cache_folder() / f"choices-{stamp}.json"
 
@@ -76,7 +76,7 @@ def choices() -> dict[str, Any]:
 def measured_once(question: str, measure: Callable[[], Any]) -> Any:
     """The stored answer to a question; measured and stored where there is none.
 
-    Where the folder cannot be written the answer holds for this process alone.
+    Where the folder cannot be written, the answer is kept for this process only.
     """
     stored = choices()
     if question in stored:
@@ -102,7 +102,8 @@ def choice(question: str, measure: Callable[[], Any]) -> Any:
 def bfloat16_is_faster() -> bool:
     """Whether a CPU's product of a layer's size is faster in bfloat16 than in float32.
 
-    Within `by_capability`: whether the processor has matrix units for it (AMX), which always are.
+    Within `by_capability`: whether the processor has matrix units for bfloat16 (AMX), which are
+    always faster.
     """
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not _timing:
@@ -116,7 +117,7 @@ def bfloat16_is_faster() -> bool:
 
 def fast_products(device: str) -> contextlib.AbstractContextManager[Any]:
     """Within this context a model in float32 multiplies in bfloat16 where a device of that type,
-    `cpu` or `cuda`, is faster at it. Sums are of float32 in any case."""
+    `cpu` or `cuda`, is faster at it. Sums stay in float32."""
     return torch.autocast(device, torch.bfloat16, enabled=is_fast_in_bfloat16(device))
 
 
@@ -129,7 +130,7 @@ def is_fast_in_bfloat16(device: str) -> bool:
 
 @cache
 def _answered(question: str, threads: int) -> bool:
-    """The answer, which is asked for in every layer, without reading a file each time."""
+    """The answer, kept in memory, because every layer asks for it."""
     return bool(measured_once(question, _bfloat16_wins))
 
 
@@ -143,8 +144,8 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] times weight [out, in], plus bias [out], as x's type: what F.linear gives, by way
-    of float32 where bfloat16 would take longer. Autocast chooses the type itself."""
+    """x [..., in] times weight [out, in], plus bias [out], in x's type, as F.linear; computed in
+    float32 where bfloat16 would take longer. Autocast chooses the type itself."""
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or bfloat16_is_faster():
@@ -161,7 +162,7 @@ def kernel_times(pairs: Mapping[str, tuple[int, Kernel, Kernel]]) -> Times:
     """Times of one row on our kernel and on the library's, for each pair of layers.
 
     `pairs` maps a layer's kind and shape to its inputs, our kernel, and the library's own. Empty
-    within `by_capability`: then ours are taken wherever there are any.
+    within `by_capability`: then our kernels are used wherever they exist.
     """
     if not _timing:
         return {}
@@ -178,7 +179,8 @@ def kernel_times(pairs: Mapping[str, tuple[int, Kernel, Kernel]]) -> Times:
 
 
 def own_are_faster(times: Times) -> bool:
-    """Whether the libraries' own kernels are clearly faster, one layer of each shape together."""
+    """Whether the libraries' own kernels are clearly faster, summed over one layer of each
+    shape."""
     ours, theirs = (sum(layer[whose] for layer in times.values()) for whose in ("ours", "own"))
     faster = ours > CLEARLY * theirs
     if times:

@@ -1,7 +1,7 @@
-"""Compiling the kernels in src/: once a machine, kept in a cache folder, loaded through ctypes.
+"""Compiles the kernels in src/: once per machine, kept in a cache folder, loaded through ctypes.
 
-Where no C++ compiler is at hand, or none that compiles them, everything runs on torch's own
-kernels: slower, with the same results up to rounding. `problem` says why.
+Where no C++ compiler can compile them, everything runs on torch's own kernels: slower, with the
+same results up to rounding. `problem` gives the reason.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def compiler() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: a folder in $GATESKIP_CACHE, else in ~/.cache."""
+    """The folder of compiled kernels: in $GATESKIP_CACHE, or else in ~/.cache."""
     named = os.environ.get("GATESKIP_CACHE")
     return (Path(named) if named else Path.home() / ".cache" / "gateskip-compose") / "native"
 
 
 def library() -> Any | None:
-    """The loaded kernels, built first where needed; None when they cannot be had: see `problem`.
+    """The loaded kernels, built first where needed; None when they are not available: see
+    `problem`.
 
     GATESKIP_NATIVE=0 turns them off.
     """
@@ -72,7 +73,7 @@ def problem() -> str | None:
 
 @lru_cache(maxsize=1)
 def _loaded() -> tuple[Any | None, str | None]:
-    """The library, or why there is none; the same for the life of the process."""
+    """The library, or the reason why there is none; the same for the life of the process."""
     if os.environ.get("GATESKIP_NATIVE") == "0":
         return None, _TURNED_OFF
     try:
@@ -84,7 +85,7 @@ def _loaded() -> tuple[Any | None, str | None]:
 def load(file: Path) -> Any:
     """A compiled library whose functions have their argument types.
 
-    Raises OSError when it cannot be loaded, AbiMismatch when it is not of src/api.h.
+    Raises OSError when it cannot be loaded, AbiMismatch when it does not match src/api.h.
     """
     header = abi.read_header()
     loaded = ctypes.CDLL(str(file))
@@ -98,8 +99,8 @@ def load(file: Path) -> Any:
 def build() -> Path:
     """Compile the sources unless a build for them, this compiler and processor is cached.
 
-    Compilers are tried in turn: clang++ may lack OpenMP, or $CXX be too old. Raises BuildError when
-    there is none, or none succeeds, or the cache is open to other users.
+    Compilers are tried in turn: clang++ may lack OpenMP, or $CXX may be too old. Raises BuildError
+    when there is none, or none succeeds, or the cache is open to other users.
     """
     sources = sorted(FOLDER.rglob("*.cpp"))
     if not sources:
@@ -123,10 +124,10 @@ def build() -> Path:
 
 
 def require_private(file: Path) -> None:
-    """Refuse a cached library that another user could have written: it runs with our rights.
+    """Refuse a cached library that another user could have written: it would run with our rights.
 
     The file and its folder must belong to this user or root, and nobody else may write to either.
-    Raises BuildError, with the place and what puts it right.
+    Raises BuildError, with the place and the fix.
     """
     if not hasattr(os, "geteuid"):
         return  # Windows keeps a user's own folders private
@@ -137,7 +138,7 @@ def require_private(file: Path) -> None:
             continue
         foreign = facts.st_uid not in (os.geteuid(), 0)
         if foreign or stat.S_IMODE(facts.st_mode) & 0o022:
-            why = "is another user's" if foreign else "can be written to by other users"
+            why = "belongs to another user" if foreign else "can be written to by other users"
             raise BuildError(
                 f"{place} {why}, so compiled kernels are not taken from it: remove it (it is made "
                 "again, for you alone), or name another folder in GATESKIP_CACHE"
@@ -161,7 +162,8 @@ def compile_kernels(tool: str, sources: list[Path], target: Path) -> str | None:
 
 
 def processor() -> bytes:
-    """What -march=native depends on, so that a cache on a shared home fits each machine."""
+    """The properties of the processor on which -march=native depends, so that a cache on a shared
+    home fits each machine."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""The compiled kernels as typed functions of tensors: one a function of src/api.h.
+"""The compiled kernels as typed functions of tensors, one for each function of src/api.h.
 
 Tensors are on the CPU and contiguous, unless a function says otherwise; shapes are as in the
 header. Each function needs `build.library()`, and those from `step` on a processor with AVX2.
@@ -25,7 +25,7 @@ def _library() -> Any:
 
 
 def _run(name: str, *arguments: Any) -> Any:
-    """Call a kernel with all of torch's threads, which every one takes last."""
+    """Call a kernel with all of torch's threads; their number is its last argument."""
     return getattr(_library(), name)(*arguments, torch.get_num_threads())
 
 
@@ -71,8 +71,8 @@ def unpack(
     n: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weights [n, k] that packed ones of 2, 3, 4, 6 or 8 bits stand for, in float32 or rounded
-    to bfloat16."""
+    """The weights [n, k] of packed ones of 2, 3, 4, 6 or 8 bits, in float32 or rounded to
+    bfloat16."""
     k = 8 * codes[0].numel() // (bits * abi.ROWS_PER_TILE)
     out = torch.empty(n, k, dtype=dtype)
     weights = (codes, scale, offset, table, bits, n, k, k // scale.shape[1])
@@ -89,7 +89,7 @@ def embed(embedding: abi.Embedding, tokens: Tensor) -> Tensor:
 
 @cache
 def prefill_units() -> abi.PrefillUnits:
-    """What `prefill_products` and the functions after it multiply with: there are none without
+    """The units with which `prefill_products` and the functions after it multiply; none without
     AVX-512 with VNNI."""
     return abi.PrefillUnits(_library().gateskip_prefill_units())
 
@@ -99,8 +99,8 @@ def prefill_products(first: abi.Matrix, widths: Sequence[int], x: Tensor) -> lis
     from `first` on, plus its bias: one [m, n] for each of the widths n. They are packed or
     bfloat16, and k is a multiple of 32.
 
-    Packed weights are rounded to bfloat16, or in vectors the activations to 8 bits where a matrix's
-    kind says so; each product is summed up in float32.
+    Packed weights are rounded to bfloat16; or, in vectors, the activations to 8 bits where a
+    matrix's kind says so. Each product is summed up in float32.
     """
     rows = len(x)
     out = torch.empty(rows * sum(widths), dtype=torch.bfloat16)
@@ -110,15 +110,15 @@ def prefill_products(first: abi.Matrix, widths: Sequence[int], x: Tensor) -> lis
 
 
 def prefill_mlp(layer: abi.Layer, x: Tensor) -> Tensor:
-    """What the MLP of a layer makes of x [m, H], bfloat16 -> [m, H]."""
+    """The output of a layer's MLP for x [m, H], bfloat16 -> [m, H]."""
     out = torch.empty(len(x), layer.down.n, dtype=torch.bfloat16)
     _run("gateskip_prefill_mlp", layer, x, len(x), out)
     return out
 
 
 def prefill_mlp_branch(layer: abi.Layer, entry: abi.Entry | None, hidden: Tensor) -> int:
-    """hidden [..., H], bfloat16, += what a layer's MLP branch adds, in place; how many tokens
-    entered: as `entry` says, or all."""
+    """hidden [..., H], bfloat16, += the output of a layer's MLP branch, in place; returns how many
+    tokens entered, by `entry`, or all."""
     rows = hidden.numel() // hidden.shape[-1]
     return int(_run("gateskip_prefill_mlp_branch", layer, entry, hidden, rows))
 
@@ -130,7 +130,7 @@ def prefill_attention_branch(
     entry: abi.Entry | None,
     hidden: Tensor,
 ) -> int:
-    """The same of a layer's attention branch, for tokens that stand `at` some place."""
+    """The same for a layer's attention branch, for tokens at the places `at`."""
     return int(_run("gateskip_prefill_attention_branch", model, layer, at, entry, hidden))
 
 
@@ -140,8 +140,8 @@ def prefill_attention_branch(
 def round_columns(
     steps: abi.GroupSteps, upper: Tensor, left: Tensor, codes: Tensor, errors: Tensor
 ) -> None:
-    """Nearest codes, uint8 [group, n], of columns left [group, n] one after the other, into `codes`
-    and what they lose into `errors`: see the header."""
+    """Nearest codes, uint8 [group, n], of columns left [group, n], one after the other, into
+    `codes`, and their errors into `errors`: see the header."""
     _library().gateskip_round_columns(steps, upper, left, codes, errors)
 
 
@@ -161,7 +161,7 @@ def descend_columns(
 
 
 def has_decoder() -> bool:
-    """Whether there is a library, and the processor runs what stands below."""
+    """Whether there is a library, and the processor can run the functions below."""
     library = build.library()
     return library is not None and bool(library.gateskip_has_decoder())
 
@@ -181,7 +181,8 @@ def distribution(logits: Tensor, sampling: abi.Sampling) -> Tensor:
 
 class Arena:
     """Memory that one model's calls use again and again, so that the system need not clear new
-    pages for each. It grows to what the largest call needs, and goes with this object."""
+    pages for each. It grows to the size that the largest call needs, and is freed with this object.
+    """
 
     def __init__(self) -> None:
         library = _library()
@@ -220,9 +221,8 @@ def argmax(
     head: abi.Matrix,
     arena: Arena,
 ) -> Tensor:
-    """The token of the largest logit after each of a step's rows, int32 [rows], by an LM head;
-    `inputs` are an embedding and the rows' tokens, int32 [rows]. `step.hidden` becomes final
-    states."""
+    """The argmax token after each of a step's rows, int32 [rows], by an LM head; `inputs` are an
+    embedding and the rows' tokens, int32 [rows]. `step.hidden` becomes final states."""
     out = torch.empty_like(inputs[1])
     _run("gateskip_argmax", model, cache, step, *inputs, head, out, None, arena.address)
     return out
@@ -258,7 +258,7 @@ def norm(
     bias: float = 0.0,
     logits: Tensor | None = None,
 ) -> None:
-    """x [..., width], normed, into out; with a gate, its logits [...] of what comes out.
+    """x [..., width], normed, into out; with a gate, returns its logits [...] of the result.
 
     `gate` is the address of float32 numbers [width].
     """
@@ -268,7 +268,7 @@ def norm(
 
 
 def add_rows(hidden: Tensor, places: Tensor, added: Tensor) -> None:
-    """hidden [..., H] at flat places [N], none twice, += added [N, H], in place."""
+    """hidden [..., H] at distinct flat places [N] += added [N, H], in place."""
     width = hidden.shape[-1]
     _run("gateskip_add_rows", hidden, places, len(places), width, _bf16(hidden), added)
 
@@ -301,7 +301,7 @@ def softmax(
 ) -> None:
     """Causal softmax in place of scores [blocks, Q * group, T], T a multiple of 8.
 
-    The query at slots[q] sees keys up to there; the first key stands at slot `begin`.
+    The query at slots[q] sees keys up to that slot; the first key is at slot `begin`.
     """
     blocks, rows, width = scores.shape
     assert width % 8 == 0, f"{width} keys: a multiple of 8 is needed"
@@ -311,7 +311,7 @@ def softmax(
 
 
 def activate(gate: Tensor, up: Tensor | None, how: abi.Activation) -> None:
-    """gate = activation(gate), times up where there is one, in place."""
+    """gate = activation(gate), times up if given, in place."""
     _run("gateskip_activate", gate, up, gate.numel(), how, _bf16(gate))
 
 
@@ -342,7 +342,7 @@ def attend(
     softcap: float | None = None,
 ) -> Tensor:
     """Attention of queries [N, heads, D], counts[b] of them in row b, at ascending slots [N], over
-    what `pack` made -> [N, heads, D]; rows beyond the counts are zero."""
+    the result of `pack` -> [N, heads, D]; rows beyond the counts are zero."""
     out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     rows, shape = torch.tensor(counts), (len(counts), queries.shape[1], kv_heads, queries.shape[2])
     mask = (window or 0, scaling, softcap or 0.0)

@@ -1,1 +1,1 @@
-"""Where each architecture's branches are, the reference pass, and multiply-adds."""
+"""The branches of each architecture, the reference pass, and multiply-adds."""

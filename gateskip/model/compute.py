@@ -51,8 +51,8 @@ def branch_costs(model: Any) -> list[BranchCost]:
 
 
 def saved_by_skipping(model: Any, shortcuts: BranchShortcuts | None, kv_rule: str) -> list[int]:
-    """Multiply-adds of each branch's linear layers that a skipping token saves, one a branch; less
-    those of its shortcut, but not those of its gate."""
+    """Multiply-adds of each branch's linear layers that a skipping token saves, one per branch,
+    minus those of its shortcut but not those of its gate."""
     return [
         cost.saved(kv_rule) - (0 if shortcuts is None else shortcuts.macs(branch))
         for branch, cost in enumerate(branch_costs(model))
@@ -60,7 +60,7 @@ def saved_by_skipping(model: Any, shortcuts: BranchShortcuts | None, kv_rule: st
 
 
 def attended(start: int, count: int, window: int | None) -> int:
-    """Slots that `count` tokens from position `start` on attend to, themselves among them.
+    """Slots that `count` tokens from position `start` on attend to, including their own.
 
     The token at position p sees p + 1 slots, of which a sliding layer attends to `window`.
     """
@@ -114,11 +114,11 @@ class Usage:
         return replace(self, kept=list(self.kept), windowed=dict(self.windowed))
 
     def since(self, earlier: Usage) -> Usage:
-        """The count after `earlier`, a copy of this count."""
+        """The count since `earlier`, a copy of this count."""
         return self._with(earlier, -1)
 
     def plus(self, other: Usage) -> Usage:
-        """Both counts together."""
+        """The sum of both counts."""
         return self._with(other, 1)
 
     def _with(self, other: Usage, sign: int) -> Usage:
@@ -138,7 +138,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of a token that enters everything: at each branch, and at the LM head."""
+    """Multiply-adds of a token that enters every branch: at each branch, and at the LM head."""
 
     branches: tuple[BranchCost, ...]
     head: int
@@ -159,7 +159,7 @@ def _token_cost(cost: BranchCost, usage: Usage) -> float:
 
 
 def kept_share(model: Any, usage: Usage) -> float:
-    """Share of the branches' multiply-adds that the tokens of `usage` entered, without the cost of
+    """Share of the branches' multiply-adds that the tokens of `usage` computed, without the cost of
     gates, shortcuts, and keys and values of skipped tokens.
 
     Raises:
@@ -174,11 +174,11 @@ def kept_share(model: Any, usage: Usage) -> float:
 
 @dataclass(frozen=True)
 class Saving:
-    """Shares of a dense model's multiply-adds that were not spent, 0 when nothing was left out.
+    """Saved shares of a dense model's multiply-adds, 0 when nothing was left out.
 
     `gross` and `net` are shares of the branches' cost. Net subtracts the cost of gates, of
     shortcuts, and of skipped tokens' keys and values that are still computed. `model` is the net
-    saving over the whole model, its LM head included, which no skipping touches.
+    saving over the whole model, including its LM head, which skipping does not change.
     """
 
     gross: float

@@ -1,9 +1,9 @@
-"""A small draft network: from the state before a token and the token to the state after it.
+"""A small draft network: maps the state before a token and the token to the state after it.
 
-It has no attention and no cache: the model's last final state, from which a draft starts, carries
+It has no attention and no cache: a draft starts from the model's last final state, which carries
 the text so far (the recurrence of EAGLE, arXiv 2401.15077, section 3.1; an MLP in place of its
-layer, as in Hydra, arXiv 2402.05109). The model's own LM head reads the network's states, only in
-the rows of the tokens that are frequent in its training text (FR-Spec, arXiv 2502.14856).
+layer, as in Hydra, arXiv 2402.05109). The model's LM head reads the network's states, only in the
+rows of the tokens that are frequent in its training text (FR-Spec, arXiv 2502.14856).
 """
 
 from __future__ import annotations
@@ -89,5 +89,7 @@ def read_network(path: Path, hidden: int, vocabulary: int) -> DraftNetwork:
     outside = bool((tokens < 0).any() | (tokens >= vocabulary).any())
     finite = all(bool(part.isfinite().all()) for part in network.parameters())
     if outside or not finite or not len(tokens):
-        raise FormatError(f"{path} drafts tokens that there are not, or by no finite numbers")
+        raise FormatError(
+            f"{path} has tokens outside the vocabulary, or numbers that are not finite"
+        )
     return network.requires_grad_(False)

@@ -1,9 +1,9 @@
-"""The differences between architectures: one table row an architecture, data alone.
+"""The differences between architectures: one table row for each architecture, data only.
 
-Everything else in the package speaks of a `Branch`: a residual update
-`h' = h + norm_out(module(norm_in(h)))` that can be entered or skipped, token by token. The passes
-in torch (projections.py, reference.py) and the descriptors of the compiled kernels
-(runtime/descriptors.py) read the same rows.
+Everything else in the package works with a `Branch`: a residual update `h' = h +
+norm_out(module(norm_in(h)))` that each token can enter or skip. The passes in torch
+(projections.py, reference.py) and the descriptors of the compiled kernels (runtime/descriptors.py)
+read the same rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 BranchKind = Literal["attention", "mlp"]
 Rope = dict[str, tuple[Tensor, Tensor]]
-"""cos and sin by the key of a branch (`Branch.rope`): "" where all layers rotate alike."""
+"""Key of a branch (`Branch.rope`) -> cos and sin; the key is "" where all layers rotate alike."""
 
 
 class UnsupportedModel(ValueError):
@@ -27,19 +27,21 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """What norms compute beside dividing by a row's root mean square."""
+    """How a norm differs from dividing by a row's root mean square."""
 
     centered: bool = False
-    """Whether the mean is taken off first, and a bias added last: LayerNorm."""
+    """Whether the mean is subtracted first, and a bias added last: LayerNorm."""
     offset: float = 0.0
     """A number that is added to a stored weight: Gemma stores w - 1."""
     weight_in_fp32: bool = False
-    """Whether rows meet the weight before they are rounded to the model's type; after it else."""
+    """Whether rows are multiplied by the weight before they are rounded to the model's type;
+    otherwise after."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Attribute names of a branch's parts inside one decoder layer, and how the parts differ."""
+    """Attribute names of a branch's parts in one decoder layer, and the differences between
+    parts."""
 
     attention: str = "self_attn"
     attention_in: str | None = "input_layernorm"
@@ -51,24 +53,26 @@ class Family:
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     """Queries, keys and values: three linear layers, or one with all of them."""
     qkv_by_head: bool = False
-    """Where they are one layer: whether each head's three follow each other in its rows. Else all
-    queries come first, then all keys."""
+    """For one fused layer: whether each head's queries, keys and values follow each other in its
+    rows. Otherwise all queries come first, then all keys."""
     output: str = "o_proj"
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     """An MLP's gate and up projection: two linear layers, or one, the gate's rows first."""
     gated: bool = True
-    """Whether an MLP has such a gate; without, `gate_up` is the layer before the activation."""
+    """Whether an MLP has such a gate; without one, `gate_up` is the layer before the activation."""
     down: str = "down_proj"
     activation: str = "hidden_act"
-    """The config's field with its name."""
+    """The field of the config with its name."""
     head_dim: str = "head_dim"
     """The attention module's field with the width of a head."""
     one_window: bool = False
-    """Whether all layers attend to `config.sliding_window`; else a layer's own window, if any."""
+    """Whether all layers attend to `config.sliding_window`; otherwise a layer has its own window,
+    if any."""
     rope_by_layer_type: bool = False
     """Whether layers of different types (sliding, full) rotate differently."""
     may_be_parallel: bool = False
-    """Whether `config.use_parallel_residual` decides that the MLP reads attention's input."""
+    """Whether `config.use_parallel_residual` decides that the MLP reads the same input as
+    attention."""
 
 
 PRE_NORM = Family()
@@ -124,16 +128,18 @@ class Branch:
     norm_in: nn.Module | None
     norm_out: nn.Module | None
     rope: str = ""
-    """Which entry of a `Rope` its attention rotates by."""
+    """The entry of a `Rope` by which its attention rotates."""
     parallel: bool = False
-    """Whether it reads the same stream as its layer's attention, before that attention is added."""
+    """Whether it reads the same stream as its layer's attention, before attention's output is
+    added."""
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """The branch's own view of the residual stream, which is also what its gate sees."""
+        """The branch's normed view of the residual stream, which its gate also reads."""
         return hidden if self.norm_in is None else self.norm_in(hidden)
 
     def leave(self, output: Tensor) -> Tensor:
-        """The term added to the residual stream: `output` after the post-norm, if there is one."""
+        """The term that is added to the residual stream: `output` after the post-norm, if there is
+        one."""
         return output if self.norm_out is None else self.norm_out(output)
 
 
@@ -146,7 +152,7 @@ def find_branches(model: Any) -> list[Branch]:
 
 
 def family_of(model: Any) -> Family:
-    """A causal LM's row. Raises `UnsupportedModel` where there is none."""
+    """A causal LM's row in the table. Raises `UnsupportedModel` where there is none."""
     family = FAMILIES.get(model.config.model_type)
     if family is None:
         supported = ", ".join(sorted(FAMILIES))
@@ -195,7 +201,7 @@ def backbone(model: Any) -> Any:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where the model reads token ids: the device of its embedding."""
+    """The device of the model's embedding, where token ids are needed."""
     embedding = model.get_input_embeddings()
     held: Tensor = next(chain(embedding.parameters(), embedding.buffers()))
     return held.device
@@ -214,7 +220,8 @@ def embed(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def embedding_scale(model: Any) -> float:
-    """The factor of `embed` on a row of the embedding's table, rounded to the table's type."""
+    """Factor by which `embed` multiplies a row of the embedding's table, rounded to the table's
+    type."""
     embedding = model.get_input_embeddings()
     scale = getattr(embedding, "embed_scale", None)
     if scale is None:
@@ -237,7 +244,7 @@ def logit_cap(model: Any) -> float | None:
 
 
 def rope_at(model: Any, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """cos and sin for integer positions [B, S], two of [B, S, D] a kind of layer, in `dtype`.
+    """cos and sin for integer positions [B, S], two of [B, S, D] per kind of layer, in `dtype`.
 
     D is smaller than a head where only a part of it is rotated.
     """

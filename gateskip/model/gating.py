@@ -1,4 +1,4 @@
-"""Gates as passes over a model see them: Protocols, and two numbers that all passes share."""
+"""The interface between gates and passes: Protocols, and two constants that all passes share."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TokenGates(Protocol):
         ...
 
     def opened(self) -> AbstractContextManager[None]:
-        """A context in which the parameters of all branches come from one cut."""
+        """A context in which the parameters of all branches come from one `unbind`."""
         ...
 
     def macs(self) -> int:

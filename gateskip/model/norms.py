@@ -1,4 +1,4 @@
-"""Weights of the norms before branches, the factors of a gate's input.
+"""Weights of the norms before branches, which are factors of a gate's input.
 
 RMSNorm gives w * x / rms(x). Where w was folded into the layers after it, the norm's weight is one:
 the model's function is the same, but its branches, and so its gates, read x / rms(x).
@@ -17,8 +17,8 @@ from gateskip.model.families import family_of, find_branches
 def input_norms(model: Any) -> Tensor | None:
     """The weights of the norm before each branch: [branches, H], in float32.
 
-    Ones where a branch has no norm before it. None where a norm also adds something (LayerNorm's
-    bias), since no factor undoes that.
+    Ones where a branch has no norm before it. None where a norm also adds a bias (LayerNorm), since
+    no factor undoes that.
     """
     offset = family_of(model).norm.offset
     rows = []

@@ -22,7 +22,7 @@ NormHeads = Callable[[Branch, str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Numbers of one attention module that its projections do not hold."""
+    """Sizes of one attention module that its projections do not store."""
 
     heads: int
     kv_heads: int
@@ -33,7 +33,8 @@ class AttentionShape:
 
 
 def attention_shape(model: Any, branch: Branch) -> AttentionShape:
-    """An attention branch's shape, by its module first, and by the config for what that lacks."""
+    """An attention branch's shape, from its module, or from the config where the module lacks
+    it."""
     config = model.config
     attention: Any = branch.module
     own_window = None if branch.family.one_window else getattr(attention, "sliding_window", None)
@@ -57,7 +58,8 @@ def _head_dim(branch: Branch) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a fused weight: `count` in runs of `run`, which begin `stride` apart from `first`."""
+    """Rows of a fused weight: `count` rows in runs of `run`, which begin `stride` apart from
+    `first`."""
 
     first: int
     count: int
@@ -65,11 +67,11 @@ class Rows:
     stride: int
 
     def whole(self, tile: int) -> bool:
-        """Whether runs begin and, if there are several, end where tiles of `tile` rows do."""
+        """Whether runs begin and, if there are several, end at borders of tiles of `tile` rows."""
         return not self.first % tile and (self.run == self.count or not self.run % tile)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These rows of a tensor [n, ...]: a view where they lie together."""
+        """These rows of a tensor [n, ...]: a view where they are contiguous."""
         if self.run == self.count:
             return tensor[self.first : self.first + self.count]
         runs: Tensor = tensor.unflatten(0, (-1, self.stride))
@@ -143,7 +145,7 @@ def mlp_parts(branch: Branch) -> tuple[Part | None, Part, Part]:
 
 
 def _is_plain(linear: Any) -> bool:
-    """Whether a layer is its weight and bias alone; peft's wrappers have a weight and more."""
+    """Whether a layer is only its weight and bias; peft's wrappers have a weight and more."""
     if not isinstance(linear, nn.Linear):
         return False
     return linear.weight.is_floating_point() and linear.weight.ndim == 2
@@ -160,7 +162,7 @@ def by_modules(branch: Branch, names: Sequence[str], x: Tensor) -> list[Tensor]:
 
 def norm_heads(branch: Branch, name: str, x: Tensor) -> Tensor:
     """Queries or keys x [..., heads * D], normed by the branch's module of that name: by head
-    (Qwen3) or together (OLMo2); unchanged where there is none."""
+    (Qwen3) or together (OLMo2); unchanged where there is no such module."""
     norm = getattr(branch.module, name, None)
     if norm is None:
         return x
@@ -174,9 +176,9 @@ def rotates(branch: Branch) -> bool:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), of the first D channels, rotated as two halves.
+    """Rotary position embedding (arXiv 2104.09864) of the first D channels, rotated as two halves.
 
-    x [..., heads, head_dim], rope two of [..., D]; channels beyond D stay as they are.
+    x [..., heads, head_dim], rope two of [..., D]; channels beyond D do not change.
     """
     cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
     width = cos.shape[-1]
@@ -188,7 +190,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Steps:
-    """The functions that compute projections: torch's, unless a backend has its own."""
+    """The functions that compute projections: torch's, unless a backend has others."""
 
     multiply: Multiply = by_modules
     norm: NormHeads = norm_heads

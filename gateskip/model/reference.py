@@ -45,13 +45,13 @@ def masked_forward(
 ) -> Tensor:
     """Final normed hidden states [B, S, H] of unpadded rows input_ids [B, S].
 
-    Without gates and mask this is the dense model. `kv_rule` says whose keys and values a skipped
-    token shows to later ones: its own projections (`project`) or those of the layer below (`copy`).
-    Gates read the branch's input without passing gradients into it, as published. `watch` is called
-    with every branch's gate [B, S, 1 or H]. `checkpointing` runs each branch again in the backward
-    pass instead of keeping its activations. `start` is the first branch to run, which begins a
-    layer, and the residual stream [B, S, H] before it. `stop` is the first branch that does not
-    run: the residual stream before it is returned.
+    Without gates and mask this is the dense model. `kv_rule` gives the keys and values of a skipped
+    token: its own projections (`project`) or those of the layer below (`copy`). Gates read the
+    branch's input without passing gradients into it, as published. `watch` is called with every
+    branch's gate [B, S, 1 or H]. `checkpointing` runs each branch again in the backward pass
+    instead of keeping its activations. `start` is the first branch to run, which begins a layer,
+    and the residual stream [B, S, H] before it. `stop` is the first branch that does not run: the
+    residual stream before it is returned.
     """
     run = _recomputed if checkpointing and torch.is_grad_enabled() else _at_once
     input_ids = input_ids.to(device_of(model))  # text waits in memory until its turn

@@ -1,8 +1,8 @@
-"""A model that computes in float32 with its weights in the type that they are stored in.
+"""A model that computes in float32 while its weights keep their stored type.
 
 Float32 holds bfloat16 and float16 exactly: a matrix is converted to float32 for each of its
 products and freed again. The results equal, bit by bit, those of the model loaded in float32, at
-half its memory; pages of weights that are mapped from their file can be evicted at any time.
+half its memory. The system can evict pages of weights that are mapped from their file at any time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _autocast(tensor: Tensor) -> bool:
 
 def compute_in_float32(model: Any) -> Any:
     """`model`, changed in place so that no weight trains: plain linear layers and the embedding
-    stay as they are stored, and all else becomes float32."""
+    keep their stored type, and everything else becomes float32."""
     model.requires_grad_(False)
     small = [
         (name, part)

@@ -1,6 +1,6 @@
 """Float32 weights of linear layers of any format, and the bits of one weight.
 
-Draft copies are made of these, layer by layer, so that a packed model can have a draft copy in
+Draft copies are made from these, layer by layer, so that a packed model can have a draft copy in
 fewer bits.
 """
 
@@ -27,7 +27,7 @@ def linear_layers(model: Any) -> list[Any]:
 
 
 def stored_bits(layer: Any) -> int:
-    """Bits of one stored weight, its share of scales left out: 4 for NF4, 16 for bfloat16."""
+    """Bits of one stored weight, without its share of scales: 4 for NF4, 16 for bfloat16."""
     kind = type(layer).__name__
     if kind in ("Linear4bit", "Linear8bitLt"):
         return 4 if kind == "Linear4bit" else 8
@@ -56,8 +56,8 @@ def dense_weight(layer: Any) -> Tensor:
 
 
 def _of_four_bits(layer: Any) -> Tensor:
-    """The weights [out, in] of bitsandbytes' layer. One that has run on a CPU may store its codes
-    in another order: it then multiplies the columns of the identity."""
+    """The weights [out, in] of bitsandbytes' layer. A layer that has run on a CPU may store its
+    codes in another order; it then multiplies the columns of the identity."""
     state = layer.weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
         weight: Tensor = bitsandbytes_functions().dequantize_4bit(layer.weight.data, state)

@@ -2,7 +2,7 @@
 
 An integer copy (`int4`, `int3`, `int2`) is rounded by the mean squares of its layers' inputs
 (rounding.py). They are measured on text that the model writes itself, so a copy needs no data
-(arXiv 2305.17888). `nf4` is bitsandbytes' format, which depends on weights alone. The model may be
+(arXiv 2305.17888). `nf4` is bitsandbytes' format, which depends on weights only. The model may be
 packed itself: layers are unpacked one at a time, and layers that would not become smaller are
 shared.
 """
@@ -46,7 +46,7 @@ COPY_HEAD = CopyFormat(3, 64)
 fewer bits cost nothing: 0.908 of drafts accepted with 3, 0.910 with 4, 0.861 with 2 (SmolLM2)."""
 NF4_BITS = 4
 MIN_SMALLER = 0.125
-"""Share of a model's weights that a copy has to make smaller to be tried by default: value
+"""Share of a model's weights that a copy has to make smaller to be tried by default. Value
 projections in 8 bits beside 4 (3 % of SmolLM2, at most 8 % where every head has values) are too
 few."""
 
@@ -66,7 +66,7 @@ def copy_bits(name: str) -> int | None:
 
 def can_copy(model: Any, bits: int) -> bool:
     """Whether a copy in `bits` bits makes enough of the model's weights smaller to draft faster,
-    and kernels run it."""
+    and kernels can run it."""
     sizes = {layer: layer.in_features * layer.out_features for layer in linear_layers(model)}
     smaller = sum(size for layer, size in sizes.items() if stored_bits(layer) > bits)
     return has_kernels(final_norm(model).weight) and smaller >= MIN_SMALLER * sum(sizes.values())
@@ -90,7 +90,8 @@ def nf4_copy(model: Any) -> Any:
 
 
 def integer_copy(model: Any, inputs: Inputs, how: CopyFormat) -> Any:
-    """A copy of the model with its layers' linear weights on integer grids; it shares all else.
+    """A copy of the model with its layers' linear weights on integer grids; it shares all other
+    tensors.
 
     Raises ValueError as `nf4_copy` does.
     """
@@ -108,8 +109,8 @@ def integer_copy(model: Any, inputs: Inputs, how: CopyFormat) -> Any:
 def draft_head(
     model: Any, inputs: Inputs, how: CopyFormat = HEAD, tokens: Tensor | None = None
 ) -> PackedLinear | None:
-    """The LM head in the integers `how`, for ranking a draft's tokens: its rows of tokens [T], or
-    all; in groups of 32 where larger ones do not divide its inputs.
+    """The LM head on the integer grid `how`, for ranking a draft's tokens: its rows of tokens [T],
+    or all; in groups of 32 where larger ones do not divide its inputs.
 
     None where 32 does not either, or the head has as few bits already: then the model's own head
     ranks them.
@@ -132,12 +133,14 @@ def _packed(weight: Tensor, squares: Tensor, bias: Tensor | None, how: CopyForma
 @torch.no_grad()
 def _copy(model: Any, bits: int, pack: Pack) -> Any:
     if not has_kernels(final_norm(model).weight):
-        raise ValueError("draft copies run on the native kernels: float32 or bfloat16 on a CPU")
+        raise ValueError(
+            "draft copies need the native kernels: float32 or bfloat16 weights on a CPU"
+        )
     names = {module: name for name, module in model.named_modules()}
     larger = [layer for layer in linear_layers(model) if stored_bits(layer) > bits]
     packed = {names[layer]: pack(layer) for layer in larger}
     if not any(packed.values()):
-        raise ValueError(f"no weight of this model can be drafted with in {bits} bits")
+        raise ValueError(f"a copy in {bits} bits would make no weight of this model smaller")
     tensors = (*model.parameters(), *model.buffers())
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name, layer in packed.items():

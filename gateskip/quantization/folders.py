@@ -1,9 +1,10 @@
-"""Loading model folders: all that transformers loads, our integer grids, and GPTQ with mixed bits.
+"""Loads model folders: all that transformers loads, this project's integer grids, and GPTQ with
+mixed bits.
 
 A GPTQ checkpoint whose layers differ in bits says so in `dynamic` (patterns of layer names, and
-their settings), one whose LM head is packed in `lm_head`; gptqmodel, vLLM and SGLang read both.
-optimum, by which transformers loads GPTQ, gives every layer of the decoder the same bits, so it is
-called once for each number of bits.
+their settings); one whose LM head is packed says so in `lm_head`. gptqmodel, vLLM and SGLang read
+both. transformers loads GPTQ through optimum, which gives every layer of the decoder the same bits,
+so optimum is called once for each number of bits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LIBRARIES = {QUANTIZER: ("optimum", "gptqmodel"), "bitsandbytes": ("accelerate",
 
 
 _MADE_ANEW = re.compile(r"\.(g_idx|bias)$")
-"""Tensors of packed layers that other libraries may leave out of a file: the usual order of a
+"""Tensors of packed layers that other libraries may leave out of a file: the default order of a
 layer's inputs, and biases of zero."""
 
 
@@ -64,7 +65,7 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
 
 
 def _refuse_random(folder: str | Path, info: dict[str, Any]) -> None:
-    """FormatError where transformers filled a tensor with random numbers, for which it only warns.
+    """FormatError where transformers filled a tensor with random numbers; it only warns then.
 
     `info` is its loading info: names of missing tensors, and (name, stored shape, config's shape).
     """
@@ -97,8 +98,8 @@ def _quantization(folder: str | Path) -> dict[str, Any]:
 def mixed_bits() -> Iterator[None]:
     """Within this context `from_pretrained` reads such folders; all others load as before.
 
-    transformers chooses a quantizer by name in two tables of its own, and has no argument for
-    another one. So two entries are replaced for as long as a load takes, and put back afterwards.
+    transformers chooses a quantizer by name in two tables and has no argument for another one. So
+    two entries are replaced while a folder loads, and restored afterwards.
     """
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -108,7 +109,7 @@ def mixed_bits() -> Iterator[None]:
     from transformers.utils.quantization_config import GPTQConfig
 
     class MixedConfig(GPTQConfig):
-        """With the two entries that transformers does not know."""
+        """The config with the two entries that transformers does not know."""
 
         def __init__(
             self, *args: Any, dynamic: Any = None, lm_head: bool = False, **kwargs: Any
@@ -142,7 +143,8 @@ def mixed_bits() -> Iterator[None]:
 def _place_packed_layers(
     model: Any, config: Any, quantizer: Any, arguments: dict[str, Any]
 ) -> None:
-    """Replace layers by empty packed ones where the checkpoint has packed ones, bits by bits."""
+    """Replace layers by empty packed ones where the checkpoint has packed ones, for one number of
+    bits after another."""
     from gptqmodel.quantization.config import dynamic_get
 
     usual = quantizer.bits

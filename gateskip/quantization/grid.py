@@ -1,11 +1,11 @@
 """Integer grids: codes, scales and minima of groups of weights, and the packing of codes in files.
 
 A weight is `scale * code + minimum`, with codes 0 to 2**bits - 1 and a scale and a minimum for
-every `group` weights of a row. A grid without minima is symmetric: its code stands for
-`code - 2**(bits - 1)`.
+every `group` weights of a row. A grid without minima is symmetric: its code stands for `code -
+2**(bits - 1)`.
 
 Scales and minima are numbers that bfloat16 and float16 both hold exactly, and so is the offset at
-the middle code, `minimum + 2**(bits - 1) * scale`. So the same codes mean the same weights, bit by
+the middle code, `minimum + 2**(bits - 1) * scale`. So the same codes give the same weights, bit by
 bit, in our kernels (bfloat16 minima), in a Q4_1 block of GGUF (float16 minima) and in torchao's
 int4 layout (bfloat16 offsets at code 8).
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 Offset = Literal["real", "integer", "none"]
 """A group's offset beside its scale: a minimum, a zero point (the integer code of the value zero),
-or nothing."""
+or none."""
 
 SIGNIFICANT = 8  # bits of a bfloat16 number
 SMALLEST = 2.0**-24  # step of the smallest float16 numbers
@@ -67,7 +67,7 @@ class Grid:
         return Grid(self.codes[part], self.scale[part], low, self.bits)
 
     def split(self, rows: Sequence[int]) -> list[Grid]:
-        """The grid in parts of so many rows."""
+        """The grid in parts of that many rows."""
         minima = [None] * len(rows) if self.minimum is None else self.minimum.split(list(rows))
         parts = zip(self.codes.split(list(rows)), self.scale.split(list(rows)), minima, strict=True)
         return [Grid(*part, self.bits) for part in parts]
@@ -95,7 +95,7 @@ def joined(grids: Sequence[Grid]) -> Grid:
 
 
 def middle(bits: int) -> int:
-    """The middle one of a grid's codes."""
+    """The middle code of a grid."""
     return 1 << (bits - 1)
 
 
@@ -105,11 +105,12 @@ def exact_scale(scale: Tensor) -> Tensor:
 
 
 def exact_minimum(minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Minima, in float32, that bfloat16 and float16 hold, as they do the middle code's value.
+    """Minima, in float32, that bfloat16 and float16 hold exactly, together with the middle code's
+    value.
 
-    A group's range holds zero: minima lie between those of all negative and all positive weights.
-    They are multiples of the last bit of the larger of |minimum| and middle * scale, so that both,
-    and their sum, need eight bits at most. Scales are positive and exact.
+    A group's range includes zero: minima are between those of all negative and all positive
+    weights. They are multiples of the last bit of the larger of |minimum| and middle * scale, so
+    that both, and their sum, need eight bits at most. Scales are positive and exact.
     """
     largest = ((1 << bits) - 1) * scale
     minimum = torch.minimum(torch.maximum(minimum, -largest), torch.zeros_like(minimum))
@@ -134,7 +135,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """
     n, k = codes.shape
     if k % 8:
-        raise ValueError(f"{k} codes a row fill no whole bytes: a multiple of 8 does")
+        raise ValueError(f"rows of {k} codes do not fill whole bytes: use a multiple of 8")
     packed = torch.empty(n, k * bits // 8, dtype=torch.uint8)
     if bits == 8:
         return packed.copy_(codes)

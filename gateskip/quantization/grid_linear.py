@@ -1,7 +1,7 @@
 """Modules whose weights are integer grids, as a model folder stores them.
 
-They run anywhere that torch does, by unpacking weights for each product; on a CPU,
-`accelerate_linears` puts compiled kernels in their place.
+They run wherever torch runs, by unpacking weights for each product; on a CPU, `accelerate_linears`
+puts compiled kernels in their place.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class SharedHead(nn.Module):
 
 
 def stored(grid: Grid) -> dict[str, Tensor]:
-    """A grid's tensors as they stand in a file, after the layer's name."""
+    """A grid's tensors as stored in a file: name after the layer's name -> tensor."""
     tensors = {"codes": pack_bits(grid.codes, grid.bits), "scale": grid.scale.to(STORED)}
     if grid.minimum is not None:
         tensors["minimum"] = grid.minimum.to(STORED)

@@ -2,7 +2,7 @@
 
 It has half the bytes of a bfloat16 head, and the head of a small model is a fifth of all bytes that
 decoding reads. The file keeps the full weights, which the embedding shares in a tied model; a note
-beside them says that the head is to be rounded.
+beside them says that the head is rounded while loading.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS = 8192  # rows that are rounded at a time
 def to_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [V, H] in -127 to 127 and scales [V, H / GROUP] of a head's weight [V, H].
 
-    Scales are bfloat16 numbers, as kernels read them; both come in float32.
+    Scales are bfloat16 numbers, as kernels read them; both are returned in float32.
     """
     groups = weight.detach().float().unflatten(1, (-1, GROUP))
     scale = (groups.abs().amax(2) / 127).bfloat16().float()
@@ -44,7 +44,8 @@ def rounded(weight: Tensor) -> Tensor:
 
 class RoundedHead(nn.Module):
     """An LM head that multiplies with its weights rounded to 8 bits. It keeps the full ones, which
-    may be the embedding's, and rounds them anew each time; the native engine rounds once."""
+    may be the embedding's, and rounds them again for each product; the native engine rounds once.
+    """
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ def head_format(folder: Path) -> str | None:
 def round_head(model: Any) -> None:
     """Put the model's LM head in 8 bits, in place.
 
-    Raises ValueError for a head whose rows are no whole groups.
+    Raises ValueError for a head whose rows are not whole groups.
     """
     head = model.get_output_embeddings()
     if head.weight.shape[1] % GROUP:

@@ -1,8 +1,8 @@
 """Model folders of integer grids, as transformers loads them.
 
 `config.json` says `quant_method: gateskip`; `layers` lists the layers that differ in bits or group
-size. transformers has registers for other quantizers, so that `from_pretrained` reads such a folder
-once `register` was called; `trust_remote_code` calls it for a folder that carries this code.
+size. transformers has registers for other quantizers, so `from_pretrained` reads such a folder once
+`register` was called; `trust_remote_code` calls it for a folder that contains this code.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class GridConfig(QuantizationConfigMixin):
         **others: Any,
     ) -> None:
         """`layers` has the bits, group sizes and offsets of layers that differ, `unpacked` the
-        names of those that are not packed, `embedding` bits and group size of the embedding;
-        `scales` is the type of scales and minima in the file: float16 where they are not ours."""
+        names of those that are not packed, `embedding` bits and group size of the embedding.
+        `scales` is the type of scales and minima in the file: float16 where the grids come from
+        another format."""
         self.quant_method: Any = METHOD
         self.bits, self.group_size, self.offset = bits, group_size, offset
         self.layers, self.unpacked, self.embedding = layers or {}, unpacked or [], embedding
@@ -96,7 +97,7 @@ class GridQuantizer(HfQuantizer):
             embedding.hold(_dtype(model))
 
     def is_serializable(self) -> bool:
-        """Folders are written by the stage that rounded them."""
+        """True: the stage that rounds them writes the folder."""
         return True
 
     @property
@@ -134,5 +135,5 @@ def _head(linear: Any, bits: int, group: int, stored: torch.dtype) -> GridLinear
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """The type that the model computes in: its norms'."""
+    """The type in which the model computes: that of its norms."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

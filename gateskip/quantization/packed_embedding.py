@@ -1,6 +1,6 @@
 """An embedding that stays packed: rows are unpacked as tokens are looked up.
 
-Where the LM head multiplies with the same table, both read one packed table.
+Where the LM head multiplies with the same table, both use one packed table.
 """
 
 from __future__ import annotations

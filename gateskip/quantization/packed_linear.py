@@ -1,8 +1,8 @@
-"""Linear layers for decoding: the model's own weights behind kernels for few rows.
+"""Linear layers for decoding: the model's weights behind kernels for few rows.
 
 `accelerate_linears` replaces the layers that have a faster kernel. Within `streaming`, which
-decoding enters, rows go through the compiled kernels, which read the weights once; else through
-torch's GEMM, for which packed weights are unpacked on the way. So the caller's phase decides the
+decoding enters, rows go through the compiled kernels, which read the weights once; otherwise
+through torch's GEMM, for which packed weights are unpacked first. So the caller's phase decides the
 arithmetic, not the number of rows.
 """
 
@@ -53,7 +53,7 @@ def streaming() -> Iterator[None]:
 @contextmanager
 def rounding(enabled: bool = True) -> Iterator[None]:
     """Within this context our kernels multiply prompts by packed weights with the rounded scales of
-    decoding and, in their vector form, with activations in bytes (linear/int8.h)."""
+    decoding and, in their vector form, with 8-bit activations (linear/int8.h)."""
     before = _rounds.set(enabled)
     try:
         yield
@@ -66,7 +66,7 @@ def _streaming() -> bool:
 
 
 def _of(rows: Rows | None, tensor: Any) -> Any:
-    """Some rows of a tensor, if there is one; all of them for None."""
+    """Some rows of a tensor, if there is one; None for None."""
     return tensor if tensor is None or rows is None else rows.of(tensor)
 
 
@@ -75,15 +75,15 @@ def _needs_gradient(x: Tensor) -> bool:
 
 
 def prompt_kernel() -> bool:
-    """Whether a kernel of ours, for any number of rows, multiplies a prompt's rows in bfloat16 by
-    packed weights; else torch multiplies by unpacked ones. Within `rounding` our kernel does
-    wherever it runs."""
+    """Whether one of our kernels, for any number of rows, multiplies a prompt's rows in bfloat16 by
+    packed weights; otherwise torch multiplies by unpacked ones. Within `rounding` our kernel does
+    so wherever it runs."""
     return ops.prefill_units() != PrefillUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
 
 
 class _CastAnew(torch.autograd.Function):
-    """A product with weights that do not train and have a smaller type than x: the backward pass
-    casts them to x's type anew, instead of keeping the cast weights from the forward pass."""
+    """A product with weights that do not train and have a smaller type than x. The backward pass
+    casts them to x's type again, instead of keeping the cast weights from the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,8 +97,9 @@ class _CastAnew(torch.autograd.Function):
 
 
 class DenseLinear(nn.Module):
-    """A linear layer with the weights of the one it replaces: float32; or bfloat16 where products
-    in bfloat16 are slower, or are to be computed in float32 (as_stored.py)."""
+    """A linear layer with the weights of the one that it replaces. They are float32; or they are
+    bfloat16 and converted for each product, where bfloat16 products are slower or not exact enough
+    (as_stored.py)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -145,9 +146,9 @@ class DenseLinear(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer of 2, 3, 4, 6 or 8 bits: codes [out, in], scale and offset [out, in / group].
 
-    A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or the code
-    less `middle`, half of 2**bits. All are kept in tiles of 16 rows: see tiles.py; scales and
-    offsets in bfloat16 where that holds them exactly, as it does those of a grid.
+    A weight is scale * value(code) + offset. Its value is the codebook's entry (NF4), or the code
+    less `middle`, half of 2**bits. All are stored in tiles of 16 rows: see tiles.py. Scales and
+    offsets are in bfloat16 where that holds them exactly, as it does those of a grid.
     """
 
     codes: Tensor
@@ -165,8 +166,8 @@ class PackedLinear(nn.Module):
         bias: Tensor | None,
         bits: int = 4,
     ) -> None:
-        """Raises ValueError where the inputs of a group are no multiple of 32, or codes of `bits`
-        bits have no kernels."""
+        """Raises ValueError where the inputs of a group are not a multiple of 32, or codes of
+        `bits` bits have no kernels."""
         super().__init__()
         self.out_features, self.in_features = codes.shape
         group, left = divmod(self.in_features, scale.shape[1])
@@ -176,9 +177,7 @@ class PackedLinear(nn.Module):
                 f"a group is a multiple of {BLOCK} inputs"
             )
         if bits not in BITS:
-            raise ValueError(
-                f"codes of {bits} bits have no kernels: of 2, 3, 4, 6 and 8 bits they do"
-            )
+            raise ValueError(f"kernels take codes of 2, 3, 4, 6 or 8 bits, not {bits}")
         self.bits, self.middle = bits, middle(bits)
         self.register_buffer("codes", pack_codes(codes, bits))
         low = None if offset is None else tiles(offset.float())
@@ -259,17 +258,17 @@ class PackedLinear(nn.Module):
         return Matrix(kind, n, k, self.group, zero, n, n, *places, None)
 
     def exact_matrix(self) -> tuple[Matrix, Parts]:
-        """The weights, not rounded, without a bias; and the tensors that the matrix points to."""
+        """The weights, not rounded, without a bias; and the tensors to which the matrix points."""
         rounded = self.book is None and self._scale.dtype == torch.bfloat16  # as _compact left both
         parts = self.rounded_parts() if rounded else self.float_parts()
         return self._matrix(parts, rounded), parts
 
     def float_parts(self) -> Parts:
-        """Scale, offset, table and zero point as kernels of float32 activations read them."""
+        """Scale, offset, table and zero point for kernels with float32 activations."""
         return self.scale, self.offset, self.book, self.middle
 
     def rounded_parts(self) -> Parts:
-        """The same as kernels of 8-bit activations read them.
+        """The same for kernels with 8-bit activations.
 
         Scale and offset are bfloat16. The offset is the value of code 0, or of the middle code
         where bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
@@ -310,8 +309,8 @@ class PackedLinear(nn.Module):
 def _compact(
     scale: Tensor, offset: Tensor | None, middle: int
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Scales, offsets, and the code whose values the offsets are: in bfloat16 where that holds both
-    exactly; the code is 0 where bfloat16 holds its values, else the middle one."""
+    """Scales, offsets, and the code whose values the offsets are. They are in bfloat16 where that
+    holds both exactly. The code is 0 where bfloat16 holds its values, otherwise the middle one."""
     small = scale.bfloat16()
     if not torch.equal(small.float(), scale):
         return scale, offset, middle
@@ -348,7 +347,7 @@ def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, 
 
 
 class Multiplies(Protocol):
-    """The native engine, which has a kernel of its own for packed layers."""
+    """The native engine, which has its own kernel for packed layers."""
 
     def multiplier(self, layer: PackedLinear) -> Kernel:
         """A call that multiplies rows [rows, in] by the layer."""
@@ -358,7 +357,8 @@ class Multiplies(Protocol):
 def timed_pairs(
     samples: Samples, engine: Multiplies | None
 ) -> dict[str, tuple[int, Kernel, Kernel]]:
-    """Kernels to time, by layer: inputs, our kernel (the engine's where it will run), theirs."""
+    """Kernels to time, by layer: inputs, our kernel (the engine's where it will run), the
+    library's."""
     return {
         name: (ours.in_features, ours.streamed if engine is None else engine.multiplier(ours), old)
         for name, (ours, old) in samples.items()
@@ -371,7 +371,7 @@ def _named(old: nn.Module, ours: PackedLinear) -> str:
 
 
 def has_kernels(weight: Tensor) -> bool:
-    """Whether weights of this type and device have kernels of ours here."""
+    """Whether weights of this type and device have kernels of ours."""
     supported = weight.dtype in (torch.float32, torch.bfloat16)
     return supported and weight.device.type == "cpu" and build.library() is not None
 
@@ -414,13 +414,14 @@ def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear 
 
 
 def bitsandbytes_functions() -> Any:
-    """The library's functions. An import statement would make an exported folder ask for it."""
+    """The library's functions. An import statement would make an exported folder require the
+    library."""
     need("packing weights as NF4", "bitsandbytes")
     return importlib.import_module("bitsandbytes.functional")  # noqa: TID251
 
 
 def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
-    """Weights [n, k] in bitsandbytes' NF4; None where k is no multiple of its block."""
+    """Weights [n, k] in bitsandbytes' NF4; None where k is not a multiple of its block."""
     if weight.shape[1] % NF4_BLOCK:
         return None
     codes, state = bitsandbytes_functions().quantize_4bit(
@@ -430,9 +431,10 @@ def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
 
 
 def gptq_weight(layer: Any) -> Tensor:
-    """The weights [in, out] of gptqmodel's layer, by the function of its class.
+    """The weights [in, out] of gptqmodel's layer, by the method of its class.
 
-    Some instances have one of torch.compile, which asks a C++ compiler for what is called once.
+    The method of some instances comes from torch.compile, which would call a C++ compiler for one
+    use.
     """
     weight: Tensor = type(layer).dequantize_weight(layer)
     return weight
@@ -447,7 +449,8 @@ def int8_parts(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _from_int8(module: Any) -> PackedLinear | None:
-    """A scale a row. Outliers need no search: each block of 32 activations has its own scale."""
+    """A scale for each row. Outliers need no search: each block of 32 activations has its own
+    scale."""
     if module.in_features % BLOCK:
         return None
     codes, scale = int8_parts(module)
@@ -456,7 +459,7 @@ def _from_int8(module: Any) -> PackedLinear | None:
 
 def _from_gptq(module: Any) -> PackedLinear | None:
     """GPTQ weights in group order: a column's codes are a stream of bits, lowest first, in integers
-    of 32 bits; gptqmodel also knows planes of bits, which run in torch."""
+    of 32 bits. Layers in gptqmodel's other layout, planes of bits, run in torch."""
     bits, group = module.bits, module.group_size
     if bits not in BITS or group <= 0 or group % BLOCK or getattr(module, "planar", False):
         return None

@@ -1,4 +1,4 @@
-"""Rounding weights to integer grids, the range of each group searched.
+"""Rounds weights to integer grids, with a searched range for each group.
 
 A weight's rounding error matters in proportion to its input, and some inputs of a layer are
 hundreds of times larger than others. So the range of each group of weights is chosen for the least
@@ -55,7 +55,7 @@ def _round_rows(weight: Tensor, importance: Tensor, bits: int, group: int, offse
 
 
 def _ranges(groups: Tensor, bits: int, offset: Offset) -> Iterator[tuple[Tensor, Tensor]]:
-    """Lowest and highest value [n, groups, 1] of each range to try; all hold zero."""
+    """Lowest and highest value [n, groups, 1] of each range to try; all include zero."""
     low = groups.amin(2, keepdim=True).clamp_max(0)
     high = groups.amax(2, keepdim=True).clamp_min(0)
     if offset == "none":
@@ -100,7 +100,7 @@ def _fit_integer(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, 
 
 
 def _fit_none(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bits: int) -> Fit:
-    """A scale alone: codes around the middle one, as many below as above."""
+    """A scale only: codes around the middle one, equally many below and above."""
     half = middle(bits) - 1
     scale = exact_scale(high / half)
     signed = (groups / _divisor(scale)).round().clamp(-half, half)

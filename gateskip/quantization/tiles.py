@@ -50,13 +50,15 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _whole_parts(blocks: Tensor, bits: int) -> Tensor:
-    """Of 2 or 4 bits: as many fours as fit share bytes, the first one in the lowest bits."""
+    """Codes of 2 or 4 bits: the fours that fit into one byte share it, the first one in the lowest
+    bits."""
     many = 8 // bits
     return reduce(or_, (blocks[:, :, i::many] << bits * i for i in range(many)))
 
 
 def _three_bits(blocks: Tensor) -> Tensor:
-    """Two fours share bytes; the two bits left over hold parts of the last two fours."""
+    """Codes of 3 bits: two fours share a byte; its remaining two bits hold parts of the last two
+    fours."""
     packed = blocks[:, :, 0:6:2] | blocks[:, :, 1:6:2] << 3  # [tiles, blocks, 3, 16, 4]
     last = blocks[:, :, 6:]
     packed[:, :, :2] |= (last & 3) << 6
@@ -65,5 +67,6 @@ def _three_bits(blocks: Tensor) -> Tensor:
 
 
 def _six_bits(blocks: Tensor) -> Tensor:
-    """The lower four bits as codes of 4 bits lie, and behind them the upper two as codes of 2."""
+    """Codes of 6 bits: the lower four bits in the layout of 4-bit codes, then the upper two in that
+    of 2-bit codes."""
     return torch.cat((_whole_parts(blocks & 15, 4), _whole_parts(blocks >> 4, 2)), 2)

@@ -1,1 +1,1 @@
-"""Rounding a model's layers: error compensation, layer by layer, and bits by measured cost."""
+"""Rounds a model's layers: error compensation, layer by layer, and bits by measured cost."""

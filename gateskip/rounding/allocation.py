@@ -1,10 +1,10 @@
-"""Mixed bits: each layer gets the bits with which the model has the lowest KL under a size.
+"""Mixed bits: gives each layer the bits with which the model has the lowest KL under a size limit.
 
 The cost of a layer's rounding is measured: its weights are rounded alone, and the KL of the whole
 model's distribution from the unrounded one is taken on text, at every fourth token. That takes a
 pass for each option of each layer; sensitivity.py estimates the same from few passes. Costs of
-different layers are added up. The sum is not exact, but it serves to rank layers by the use of
-another bit.
+different layers are added up. The sum is not exact, but it ranks layers by the benefit of another
+bit.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class _Runs:
         self.dense = self._distribution(self.entered[-1])
 
     def kl_from(self, number: int) -> float:
-        """KL of the distribution, in nats a token, with the layers from `number` on run anew."""
+        """KL of the distribution, in nats a token, after the layers from `number` on have run
+        again."""
         hidden = self.entered[number]
         for layer, settings in zip(self.layers[number:], self.settings[number:], strict=True):
             hidden = run_layer(layer, hidden, settings)
@@ -103,14 +104,15 @@ def allocate(costs: Costs, sizes: Mapping[str, Mapping[int, int]], limit: int) -
     """Bits of each layer: a low sum of costs at no more than `limit` bytes together.
 
     Greedy: starts from the smallest option of each layer and repeatedly takes the step that lowers
-    the cost most for each byte. Options that another one beats in both size and cost are not taken.
+    the cost most for each byte. An option that is larger and no cheaper than another is never
+    taken.
 
     Raises ValueError where even the smallest options are larger than `limit`.
     """
     chosen = {name: min(sizes[name], key=sizes[name].__getitem__) for name in costs}
     spent = sum(sizes[name][bits] for name, bits in chosen.items())
     if spent > limit:
-        raise ValueError(f"the smallest choice takes {spent} bytes, and {limit} are allowed")
+        raise ValueError(f"the smallest choice takes {spent} bytes, but only {limit} are allowed")
     while True:
         steps = [
             step

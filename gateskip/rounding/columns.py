@@ -1,8 +1,8 @@
-"""Codes of one group of columns of a weight, chosen one column after the other.
+"""Chooses the codes of one group of columns of a weight, one column after the other.
 
-Columns [group, n] lie together, and rows do not depend on each other. On the CPU the compiled
-kernels do it (gateskip/kernels/src/linear/rounding.cpp): the results are those of the operators
-here, to the bit.
+Columns [group, n] are contiguous, and rows do not depend on each other. On the CPU the compiled
+kernels do it (gateskip/kernels/src/linear/rounding.cpp), with results equal to those of the
+operators here, to the bit.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 The objective is the error of a layer's output, (W - Q) H (W - Q)^T with H the second moments of its
 inputs. Columns are rounded one after another, and later columns compensate for the error of each
-(GPTQ, arXiv 2210.17323, section 3). Groups come in order of falling inputs, and the range of each
-is fitted when its turn comes, to weights that already compensate for earlier errors. Then the same
-error is lowered by coordinate descent over all that GPTQ fixes, group after group with all others
-fixed: scale and minimum by least squares for the codes, then codes one column at a time.
+(GPTQ, arXiv 2210.17323, section 3). Groups come in order of falling inputs. The range of each group
+is fitted when its turn comes, to weights that already compensate for earlier errors. Then
+coordinate descent lowers the same error over everything that GPTQ fixed, one group after another
+with all others fixed: scale and minimum by least squares for the codes, then codes one column at a
+time.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ def _lowest(grid: Grid) -> Tensor:
 
 
 def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid:
-    """Group after group: scale and minimum for its codes, then its codes column by column, all
-    others fixed. Every step lowers the error, but for the rounding of scales to exact numbers."""
+    """One group after another: scale and minimum for its codes, then its codes column by column,
+    all others fixed. Every step lowers the error, except for the rounding of scales to exact
+    numbers."""
     lost = (weight - grid.weight()).T.contiguous()  # [k, n]: a column of weights lies together
     codes = grid.codes.T.contiguous()
     scale, lowest = grid.scale.T.contiguous(), _lowest(grid).T.contiguous()  # [groups, n]
@@ -128,7 +130,7 @@ def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid
 
 
 def _zero_codes(grid: Grid, offset: Offset) -> list[Tensor | None]:
-    """Group by group the fixed codes [n] of the value zero; None where a minimum is free."""
+    """For each group the fixed codes [n] of the value zero; None where a minimum is free."""
     groups = range(grid.scale.shape[1])
     if offset == "real":
         return [None for _ in groups]
@@ -146,9 +148,9 @@ def _line(
     bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Scale and lowest value [n] of least error for codes [group, n]: least squares under moments
-    [group, group] with the right side `want` [group, n]. Directions that moments leave free stay
-    near the `current` values. With `zero` [n], the code of the value zero, only the scale is
-    free."""
+    [group, group] with the right side `want` [group, n]. In directions that moments leave free, the
+    result stays near the `current` values. With `zero` [n], the code of the value zero, only the
+    scale is free."""
     scale, lowest = current
     signed = codes if zero is None else codes - zero
     seen = moments @ signed

@@ -1,9 +1,9 @@
-"""A model's linear layers rounded one after another, each for inputs from the rounded layers below.
+"""Rounds a model's linear layers one after another, each for inputs from the rounded layers below.
 
 Token blocks pass the layers in order. Within a layer, linear modules that read the same input are
 rounded together, in the order in which they run; later ones read the rounded outputs. Only one
-layer's second moments exist at a time, and with `let_go` only one layer in float32: the others stay
-in the file that they are mapped from.
+layer's second moments exist at a time. With `let_go` only one layer exists in float32: the others
+stay in their mapped file.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def round_layers(
     """Round every linear module of the layers that `choose` names; blocks [N, S] are token ids.
     Modules come by name as soon as they are rounded.
 
-    Layers are rounded in float32, whatever type the model is loaded in; text passes them in
-    bfloat16 where that is faster, and sums of inputs' products are float32. With `let_go` each is
-    freed after its turn, and the model cannot run any more; else it keeps the rounded values as
-    ordinary weights. Without `compensate` each weight is rounded by itself
+    Layers are rounded in float32, whatever type the model is loaded in. Text passes them in
+    bfloat16 where that is faster; sums of inputs' products are float32. With `let_go` each layer is
+    freed after its turn, and the model cannot run any more; otherwise it keeps the rounded values
+    as ordinary weights. Without `compensate` each weight is rounded by itself
     (quantization/rounding.py).
     """
     names = {module: name for name, module in model.named_modules()}
@@ -93,8 +93,8 @@ def _entered(model: Any, blocks: Tensor, let_go: bool) -> tuple[list[Tensor], li
 def _round_readers(
     chosen: dict[str, tuple[Any, Rounding]], seen: Moments, compensate: bool
 ) -> dict[str, Rounded]:
-    """Round modules that read the same input, in place. Rows do not depend on each other, so those
-    of all modules that are rounded alike go through together, which takes a third less time."""
+    """Round modules that read the same input, in place. Rows do not depend on each other, so
+    modules with the same settings are rounded together, which takes a third less time."""
     chance = seen.chance() if compensate else 0.0
     moments = seen.mean()
     alike: dict[Rounding, list[str]] = {}
@@ -119,7 +119,7 @@ def enter(
     model: Any, blocks: Tensor, batch: int | None = None
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Hidden states [B, S, H] before the first layer, batch by batch, and each layer's other
-    arguments: masks and rotary tables, which depend on the length alone."""
+    arguments: masks and rotary tables, which depend only on the length."""
     batch = batch or math.gcd(len(blocks), BATCH)
     layers = list(backbone(model).layers)
     settings: list[dict[str, Any]] = [{} for _ in layers]
@@ -167,7 +167,8 @@ def _passed(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> Tenso
 
 
 def _readers(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> list[list[Any]]:
-    """The layer's linear modules in the order in which they run; those of one input together."""
+    """The layer's linear modules in the order in which they run; those with the same input
+    together."""
     groups: list[list[Any]] = []
     last: list[Tensor] = []
 

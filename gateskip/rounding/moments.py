@@ -28,8 +28,8 @@ class Moments:
             self._counts[number] += len(part)
 
     def chance(self) -> float:
-        """The share of the squared correlations of different inputs, over all text, that is noise:
-        their difference between the halves."""
+        """The share of the squared correlations of different inputs, over all text, that is noise,
+        estimated from the difference between the halves."""
         first, second = (
             half.diagonal().div(max(1, count))
             for half, count in zip(self._halves, self._counts, strict=True)

@@ -1,15 +1,16 @@
-"""The cost of rounding a layer, estimated from gradients: a few passes instead of one an option.
+"""Estimates the cost of rounding a layer from gradients: a few passes instead of one an option.
 
 To second order the KL that an error dW of a layer's weights causes is half of E[(g . dW)^2], where
 g are gradients of the log-likelihood of tokens that the model draws itself (the Fisher information:
 arXiv 2306.07629, where its diagonal weighs single weights; here whole errors are multiplied with
 the gradients). For weights W of a layer with inputs x and outputs y, g . dW is the sum over tokens
-of a = (dW x) . (gradient of y), so a pass forward and back serves all layers and all their options.
+of a = (dW x) . (gradient of y), so one forward and backward pass serves all layers and all their
+options.
 
 The squares of the tokens' a are added up. Correlations between tokens of a sequence are left out:
 their estimate, the square of the sum, is one number a sequence and too noisy to help. On SmolLM2, 3
 bits, 42 linear layers of six decoder layers, the logarithms of these costs and of measured ones
-correlate by 0.87; layers 0 to 2 are estimated too high, MLPs there threefold.
+correlate by 0.87; costs of layers 0 to 2 are estimated too high, those of their MLPs threefold.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class _Taps:
 
 
 def _taps(model: Any, linears: Sequence[nn.Module], ids: Tensor, seed: int) -> _Taps:
-    """Passes forward and back over token ids [N, S], for tokens drawn from the model."""
+    """Forward and backward passes over token ids [N, S], for tokens drawn from the model."""
     taps, generator = _Taps(linears), torch.Generator(ids.device).manual_seed(seed)
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     model.requires_grad_(False)

@@ -1,10 +1,10 @@
 """Attention of gathered tokens: on a CPU, only the pairs that may see each other are computed.
 
-torch's fused attention takes a mask, and computes under it too; a prompt's tokens, or those of
-them that entered a branch, see on average half of the cache. In bfloat16, attention.cpp does it in
-one call where the processor has the instructions. Elsewhere some queries at a time meet the keys up
-to the last one's own slot, as two matrix products with a softmax between them that stays in the
-processor's cache: in bfloat16 2.3 times as fast (docs/experiments.md).
+torch's fused attention takes a mask, but computes masked pairs too; a prompt's tokens, or those
+that entered a branch, see on average half of the cache. In bfloat16, attention.cpp does it in one
+call where the processor has the instructions. Otherwise some queries at a time are multiplied with
+the keys up to the last query's slot, as two matrix products with a softmax between them that stays
+in the processor's cache: 2.3 times as fast in bfloat16 (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FILL = 32  # and queries that meet their keys at once, of this
 
 
 Softmax = Callable[[Tensor, Tensor, int, AttentionShape], Tensor]
-"""(scores [kv_heads, Q * group, T], slots [Q], slot of the first key, shape) -> shares of
-attention, the query at slots[q] seeing the keys up to there."""
+"""(scores [kv_heads, Q * group, T], slots [Q], slot of the first key, shape) -> attention weights;
+the query at slots[q] sees the keys up to there."""
 
 
 def attend_rows(
@@ -41,7 +41,7 @@ def attend_rows(
 
     slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t.
     `rows` are the cache's rows that the counts belong to, by default all in order. `softmax` may
-    stand in for torch's.
+    replace torch's.
     """
     softmax = softmax or causal_softmax
     total, group = len(queries), shape.heads // shape.kv_heads
@@ -77,7 +77,7 @@ def attend_padded(
     rows: Sequence[int] | None = None,
     from_zero: bool = False,
 ) -> Tensor:
-    """What `attend_rows` gives, by torch's fused attention under a mask: for accelerators.
+    """The result of `attend_rows`, by torch's fused attention under a mask: for accelerators.
 
     `from_zero` says that every row brings its tokens from slot 0 on without a gap, so that no mask
     is needed.
@@ -106,7 +106,7 @@ def attend_padded(
 
 
 def evened(count: int) -> int:
-    """Keys to compute with for `count` in sight: a number out of few, at most an eighth more."""
+    """Keys to compute with for `count` visible ones: one of few sizes, at most an eighth more."""
     step = EVEN
     while 8 * step < count:
         step *= 2
@@ -114,13 +114,14 @@ def evened(count: int) -> int:
 
 
 def _together(furthest: int) -> int:
-    """Queries that meet their keys at once, the last one standing at slot `furthest`."""
+    """Number of queries that are multiplied with their keys at once, the last one at slot
+    `furthest`."""
     return QUERIES if furthest < LONG else QUERIES // 2
 
 
 def _most_scores(slots: Tensor, shape: AttentionShape, fill: int) -> int:
-    """Scores that the queries at `slots` have at once at most: memory to be taken once, since the
-    system clears every page that it gives anew."""
+    """Most scores that the queries at `slots` have at once: memory to allocate once, since the
+    system clears every new page."""
     furthest = int(slots.max()) if len(slots) else 0
     at_once = -(-len(slots) // fill) * fill
     short = min(QUERIES, at_once) * evened(min(furthest, LONG - 1) + 1)
@@ -135,8 +136,8 @@ def _attend(
     scratch: Tensor,
     softmax: Softmax,
 ) -> Tensor:
-    """queries [kv_heads, Q, group, D], those at `slots` and what fills up, over keys and values
-    [kv_heads, T, D] -> as queries."""
+    """queries [kv_heads, Q, group, D], at `slots` and padding, over keys and values [kv_heads, T,
+    D] -> as queries."""
     keys, values = kv
     end = min(evened(int(slots[-1]) + 1), keys.shape[1])
     begin = 0 if shape.window is None else max(0, int(slots[0]) + 1 - shape.window) // EVEN * EVEN
@@ -148,7 +149,7 @@ def _attend(
 
 
 def causal_softmax(scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
-    """Scores [kv_heads, Q * group, T] -> shares of attention, scaled and soft-capped first.
+    """Scores [kv_heads, Q * group, T] -> attention weights, scaled and soft-capped first.
 
     The heads of a group follow each other within a query; the first key is at slot `begin`.
     """

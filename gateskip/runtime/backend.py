@@ -1,15 +1,15 @@
-"""What runs a model: one protocol, three implementations, chosen by name when a model is loaded.
+"""The backends that run a model: one protocol, three implementations, chosen by name when a model
+is loaded.
 
-    reference  torch, whole sequences, differentiable: what the others are held to
+    reference  torch, whole sequences, differentiable: tests compare the others with it
     gathered   torch on any device, each branch computed for the tokens that enter it
     native     compiled kernels on a CPU
 
-All have the same verbs. `prefill` takes many tokens at once, of prompts and of what is scored:
-matrix products of many rows. `decode` takes the next token of each row, or a few of them to be
-verified: weights are streamed once for all. `sample` chooses the tokens that follow in one row. The
-verb is the caller's, so no arithmetic depends on how many rows there happen to be. A backend with
-`speculate` also drafts and verifies in one call; the others do so step by step
-(decoding/speculation.py).
+All have the same verbs. `prefill` takes many tokens at once, of prompts and of scored text: matrix
+products of many rows. `decode` takes the next token of each row, or a few drafted ones to verify:
+weights are read once for all. `sample` chooses the next tokens of one row. The caller chooses the
+verb, so the arithmetic does not depend on the number of rows. A backend with `speculate` also
+drafts and verifies in one call; the others do so step by step (decoding/speculation.py).
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ BackendName = Literal["reference", "gathered", "native"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 KV_RULES = ("project", "copy")
 Thresholds = Sequence[float] | None
-"""One number a branch: a token enters where its gate's logit reaches it. None is full compute."""
+"""One number for each branch: a token enters where its gate's logit reaches it. None is full
+compute."""
 PassThresholds = Thresholds | RowThresholds
-"""Of one pass: the same for all tokens, or each row's own."""
+"""Thresholds of one pass: the same for all tokens, or separate ones for each row."""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Which arithmetic makes a number; part of every result."""
+    """The arithmetic that made a number; part of every result."""
 
     backend: BackendName
     weights: str
-    """How weights are stored: `bfloat16`, `4 bits in groups of 64`, or several, the largest first.
-    """
+    """Storage of the weights: `bfloat16`, `4 bits in groups of 64`, or several, the largest
+    first."""
     activations: str
-    """What weights are multiplied with: `float32`, `bfloat16`, `8 bits in blocks of 32, ...`."""
+    """Type of the activations in products: `float32`, `bfloat16`, `8 bits in blocks of 32, ...`."""
     accumulation: str
     """The type in which products are summed up."""
 
@@ -56,13 +57,13 @@ class Arithmetic:
 
 
 class Cache(Protocol):
-    """What a backend knows of the tokens so far, indexed by row and token position.
+    """A backend's state of the tokens so far, indexed by row and token position.
 
     A position that is run again is overwritten, so truncating a row only lowers its length.
     """
 
     drift: Tensor | None
-    """What per-row budget control knows of each position: see `budget_control.Tracked`."""
+    """Per-row budget control's number for each position: see `budget_control.Tracked`."""
 
     @property
     def capacity(self) -> int:
@@ -93,30 +94,30 @@ class Sampling(NamedTuple):
 
 
 class DraftLimit(NamedTuple):
-    """Where a draft ends before it has all its tokens."""
+    """Condition that ends a draft before it has all its tokens."""
 
     min_acceptance: float
-    """It ends once it is this likely or less that all of it is accepted."""
+    """It ends once the probability that all of it is accepted is this or less."""
     acceptance_by_bin: Sequence[float]
-    """How likely a token is accepted by its probability, in equal steps from 0 to 1."""
+    """Acceptance rate of a token by its probability, in equal bins from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Tokens that follow each other in one row."""
+    """A request for the next tokens of one row."""
 
     token: int
-    """The last committed one."""
+    """The last committed token."""
     count: int
-    """Tokens that may follow."""
+    """Most new tokens."""
     sampling: Sampling | None = None
     """How they are drawn; None takes the argmax."""
     uniform: Sequence[float] = ()
     """A number from 0 to 1 for each token that is drawn."""
     limit: DraftLimit | None = None
-    """Given, the tokens are a draft: ranked by the draft head, with their probabilities."""
+    """If given, the tokens are a draft: ranked by the draft head, with their probabilities."""
     on_token: Callable[[int], bool] | None = None
-    """Told of each token; they end where it returns true, or raises."""
+    """Called with each token; the tokens end where it returns true, or raises."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,11 @@ class SampledTokens:
 
     tokens: list[int]
     state: Tensor | None = None
-    """The final state [H] before the last one; None of a draft by a network."""
+    """The final state [H] before the last one; None for a draft by a network."""
     probabilities: list[float] = field(default_factory=list)
-    """Of each token of a draft, as the draft sees it."""
+    """The draft model's probability of each token of a draft."""
     drawn_from: Sequence[int | Tensor] = ()
-    """Of each token of a draft, the probabilities [V] that it was drawn from; greedily, the token
+    """For each token of a draft, the probabilities [V] from which it was drawn; greedily, the token
     itself."""
 
 
@@ -140,14 +141,15 @@ class Verified:
     drafted: int
     accepted: int
     looked_up: bool = False
-    """Whether the draft came out of the text."""
+    """Whether look-up in the text proposed the draft."""
     probabilities: Sequence[float] = ()
-    """Of each drafted token, as the draft sees it; empty where it does not say."""
+    """The draft model's probability of each drafted token; empty where it gives none."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """A round of speculation, each row's draft and the pass that verified all; or plain `steps`."""
+    """A round of speculation: each row's draft and the pass that verified all drafts; or a number
+    of plain `steps`."""
 
     rows: Sequence[Verified]
     draft_s: float
@@ -157,37 +159,40 @@ class Round:
 
 @dataclass(frozen=True)
 class SpeculationRequest:
-    """Rounds of speculation of one row."""
+    """A request for rounds of speculation of one row."""
 
     token: int
-    """The last committed one."""
+    """The last committed token."""
     state: Tensor
     """The final state [H] before it."""
     left: int
-    """Tokens that may follow."""
+    """Most new tokens."""
     max_rounds: int
     max_drafts: int
-    """Rounds with a draft, at most."""
+    """Most rounds with a draft."""
     draft_length: int
-    """Tokens of a draft at most; 0 drafts none."""
+    """Most tokens of a draft; 0 drafts none."""
     limit: DraftLimit
     lookup_length: int
-    """Tokens that the text proposes at most; 0 looks nothing up."""
+    """Most tokens that look-up in the text proposes; 0 turns look-up off."""
     propose: Callable[[int], Sequence[int]]
-    """Up to so many tokens that the text proposes."""
+    """Gives up to that many tokens by look-up in the text."""
     on_token: Callable[[int], bool]
-    """Told of each token; the rounds end where it returns true, or raises."""
+    """Called with each token; the rounds end where it returns true, or raises."""
     sampling: Sampling | None
     """How tokens are drawn; None takes the argmax."""
     uniform: Callable[[int], Tensor]
-    """So many numbers from 0 to 1, float64."""
+    """Gives that many numbers from 0 to 1, float64."""
 
 
 CacheT = TypeVar("CacheT", bound=Cache)
 
 
 class Backend(Protocol[CacheT]):
-    """A model that runs tokens at positions against a cache of its own, under thresholds."""
+    """A model that runs tokens at positions against a cache, under thresholds.
+
+    `argmax` and `sample` have a body here, for backends whose kernels choose no tokens.
+    """
 
     name: BackendName
     usage: Usage
@@ -195,7 +200,7 @@ class Backend(Protocol[CacheT]):
     gated: bool
     """Whether gates that scale do so at full compute, too."""
     kv_cache: KVFormat
-    """How caches made from now on keep keys and values."""
+    """Format of keys and values in caches made from now on."""
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """The arithmetic of decoding, or of prompts and scoring."""
@@ -209,7 +214,7 @@ class Backend(Protocol[CacheT]):
         ...
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
-        """What `new_cache` takes, in bytes."""
+        """The size of `new_cache`'s result, in bytes."""
         ...
 
     def prefill(
@@ -224,9 +229,9 @@ class Backend(Protocol[CacheT]):
     ) -> Tensor:
         """Run input_ids [B, S], one row of the cache each (or `rows` of it), from positions
         `starts` on -> final normed states [B, S, H]. `lengths` gives the real tokens of
-        right-padded rows; states at padding are undefined. Rows with thresholds of their own are
-        not padded. `full_from` gives the column of each row from which on tokens enter every
-        branch, whatever the thresholds."""
+        right-padded rows; states at padding are undefined. Rows with separate thresholds are not
+        padded. `full_from` gives the column of each row from which on tokens enter every branch,
+        whatever the thresholds."""
         ...
 
     def decode(
@@ -237,10 +242,11 @@ class Backend(Protocol[CacheT]):
         starts: Sequence[int],
         thresholds: PassThresholds = None,
     ) -> Tensor:
-        """Continue `rows` of a cache, each by tokens of its own from position `starts[i]` on.
+        """Continue `rows` of a cache, each by its own tokens from position `starts[i]` on.
 
         -> final normed states [N, H] of all tokens, those of the first row first. Rows with
-        thresholds of their own are continued by equally many tokens."""
+        separate thresholds are continued by equally many tokens.
+        """
         ...
 
     def argmax(
@@ -252,18 +258,27 @@ class Backend(Protocol[CacheT]):
         thresholds: PassThresholds = None,
     ) -> tuple[list[list[int]], Tensor]:
         """As `decode`: the argmax token after each of `tokens`, and the states [N, H]."""
-        ...
+        states = self.decode(tokens, cache, rows, starts, thresholds)
+        chosen = self.logits(states).argmax(-1)
+        return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
 
     def sample(
         self, request: SampleRequest, place: tuple[CacheT, int, int], thresholds: PassThresholds
     ) -> SampledTokens:
-        """One token or more that follow each other in a row: as many as the backend runs in one
-        call, up to those requested. A backend that is no RowDecoder takes the argmax alone, drafts
-        nothing, and gives one token.
+        """One or more next tokens of a row: as many as the backend runs in one call, up to those
+        requested. A backend that is not a RowDecoder takes the argmax, drafts nothing, and gives
+        one token.
 
-        `place` is the last committed token's: a cache, the row in it, and the position.
+        `place` is that of the last committed token: a cache, the row in it, and the position.
         """
-        ...
+        assert request.sampling is None and request.limit is None, (
+            "only a RowDecoder draws and drafts"
+        )
+        cache, row, slot = place
+        chosen, states = self.argmax([[request.token]], cache, [row], [slot], thresholds)
+        if request.on_token is not None:
+            request.on_token(chosen[0][0])
+        return SampledTokens(chosen[0], states[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final states [N, H] -> logits [N, V], in the arithmetic of decoding."""
@@ -286,43 +301,14 @@ class RowDecoder(Backend[CacheT], Protocol[CacheT]):
         thresholds: Thresholds = None,
         draft_thresholds: Thresholds = None,
     ) -> tuple[list[Round], Tensor]:
-        """Rounds of speculation of one row, drafted by a model, or without one by the network that
-        this backend's engine has taken; and the final state [H] before the last token. `place` is
-        as in `sample`. Plain steps that follow each other are one round."""
+        """Rounds of speculation of one row, drafted by a model, or without one by the draft network
+        of this backend's engine; and the final state [H] before the last token. `place` is as in
+        `sample`. Plain steps that follow each other are one round."""
         ...
 
     def draw(self, logits: Tensor, sampling: Sampling, uniform: float) -> int:
         """A token of logits [V], as `sample` draws it by a number from 0 to 1."""
         ...
-
-
-def argmax_after(
-    backend: Backend[CacheT],
-    tokens: Sequence[Sequence[int]],
-    cache: CacheT,
-    rows: Sequence[int],
-    starts: Sequence[int],
-    thresholds: PassThresholds,
-) -> tuple[list[list[int]], Tensor]:
-    """`Backend.argmax` by a pass and the LM head."""
-    states = backend.decode(tokens, cache, rows, starts, thresholds)
-    chosen = backend.logits(states).argmax(-1)
-    return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
-
-
-def sample_one(
-    backend: Backend[CacheT],
-    request: SampleRequest,
-    place: tuple[CacheT, int, int],
-    thresholds: PassThresholds,
-) -> SampledTokens:
-    """`Backend.sample`: the argmax, of one step."""
-    assert request.sampling is None and request.limit is None, "only a RowDecoder draws and drafts"
-    cache, row, slot = place
-    chosen, states = backend.argmax([[request.token]], cache, [row], [slot], thresholds)
-    if request.on_token is not None:
-        request.on_token(chosen[0][0])
-    return SampledTokens(chosen[0], states[0])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,20 +1,20 @@
-"""A budget that every row holds: thresholds that move with what the row's own past kept.
+"""Per-row budget control: thresholds move with the share that the row's earlier tokens kept.
 
-Thresholds are calibrated on some text, and other text keeps another share under them (prompts full
-of digits kept 0.743 of the multiply-adds where 0.8 was asked). `BudgetControl` is an integral
-controller for each row. Where a block of positions begins, it adds up how far the row's earlier
-tokens were from the budget, and moves along the calibrated thresholds by that:
+Thresholds are calibrated on some text, and keep another share on other text (prompts full of digits
+kept 0.743 of the multiply-adds at budget 0.8). `BudgetControl` is an integral controller for each
+row. At the start of a block of positions it adds up the differences of the row's earlier tokens
+from the budget, and moves along the calibrated thresholds by that:
 
     budget of the block = budget + sum over earlier tokens (budget - kept share) / max(32, width)
 
-so what they kept too much or too little is made up for within a block, or half of it where that is
-narrower; where that asks for 1 or more, all is computed. Blocks begin at 0, 16, 32, 64, 128, 192
-and so on: narrow at first, as a short text has to come to its budget, too, and wide then, as
-prompts pass block by block and read all weights in each. Nothing is read but the row's own earlier
-tokens, at positions that do not depend on how the text comes in: a row has the same thresholds
-alone and in a batch, in chunks and token by token. What the tokens kept is stored by position, as
-the KV cache is, so truncating a row truncates it, too. Sums are of integers, and so the same in
-every order and in every backend.
+So a block corrects the difference of earlier tokens, or half of it where the block is narrower;
+where that gives 1 or more, everything is computed. Blocks begin at 0, 16, 32, 64, 128, 192 and so
+on. They are narrow at first, so that a short text also meets its budget, and wide later, because
+prompts pass block by block and read all weights in each. The controller uses only the row's own
+earlier tokens, at positions that do not depend on how the text comes in: a row has the same
+thresholds alone and in a batch, in chunks and token by token. The kept shares are stored by
+position, as the KV cache is, so truncating a row truncates them, too. Sums are of integers, and
+therefore the same in every order and in every backend.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ UNIT = 1 << 20  # a token's multiply-adds at all branches together, as an intege
 
 
 class Tracked(Protocol):
-    """A cache, as far as budget control knows it."""
+    """The parts of a cache that budget control uses."""
 
     drift: Tensor | None
-    """int64 [B, capacity]: budget - kept share of the token at each position, in UNITs; 0 where
-    the token was not governed."""
+    """int64 [B, capacity]: budget - kept share of the token at each position, in UNITs; 0 where the
+    token was not controlled."""
 
     @property
     def capacity(self) -> int:
@@ -58,17 +58,17 @@ class Budgets(Protocol):
     """Calibrated budgets: see calibration/budgets.py."""
 
     def at(self, budget: float) -> list[float] | None:
-        """Thresholds of a budget, one a branch; None for full compute."""
+        """Thresholds of a budget, one per branch; None for full compute."""
         ...
 
     def curve(self, steps: int) -> tuple[float, float, list[list[float]]]:
-        """The lowest and the highest budget, and thresholds of so many in equal steps."""
+        """The lowest and the highest budget, and thresholds at that many budgets in equal steps."""
         ...
 
 
 @dataclass
 class RowThresholds:
-    """Thresholds of each row of one pass, and what its tokens entered."""
+    """Thresholds of each row of one pass, and the branches that its tokens entered."""
 
     values: Tensor  # float32 [rows, branches]
     weights: Tensor  # int64 [rows, branches]: a branch's share of a token's multiply-adds, in UNITs
@@ -93,7 +93,7 @@ class BudgetControl:
 
     @classmethod
     def of(cls, budgets: Budgets, budget: float, model: Any, device: torch.device) -> BudgetControl:
-        """Of a calibrated budget. Raises ValueError where too few were calibrated."""
+        """Control at a calibrated budget. Raises ValueError where too few were calibrated."""
         low, high, rows = budgets.curve(STEPS)
         curve = torch.tensor(rows, device=device)
         return cls(budget, low, high, curve, tuple(branch_costs(model)))
@@ -123,7 +123,7 @@ class BudgetControl:
     def record(
         self, cache: Tracked, rows: Sequence[int], starts: Sequence[int], done: RowThresholds
     ) -> None:
-        """Store what the tokens of a pass kept."""
+        """Store the shares that the tokens of a pass kept."""
         assert cache.drift is not None, "`thresholds` came first"
         target = round(self.budget * UNIT) * done.weights.sum(1, keepdim=True) // UNIT
         drift, width = target - done.entered, done.entered.shape[1]
@@ -152,7 +152,8 @@ def is_narrow(position: int) -> bool:
 
 
 def next_width(starts: Sequence[int], left: Sequence[int]) -> int:
-    """Tokens that all rows at `starts`, which have so many left, take before one changes block."""
+    """Most tokens that all rows at `starts`, with that many left, can take before one changes
+    block."""
     return min(
         min(sum(block_of(start)) - start, count) for start, count in zip(starts, left, strict=True)
     )

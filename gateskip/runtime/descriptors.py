@@ -1,7 +1,7 @@
-"""A model as the structures that the compiled kernels read: what is particular to a family as data.
+"""A model as the structures that the compiled kernels read: the particulars of a family as data.
 
-Weights are the torch modules' own memory, float32, bfloat16 or packed: nothing is copied but norms,
-gates, and rows of fused weights that lie neither together nor in whole tiles.
+Weights are the torch modules' own memory, float32, bfloat16 or packed. Only norms, gates, and rows
+of fused weights that are neither contiguous nor whole tiles are copied.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ ACTIVATIONS = {
     "gelu_new": Activation.GELU_TANH,
     "gelu_fast": Activation.GELU_TANH,
 }
-"""What configs call them."""
+"""Names in configs -> activations."""
 DENSE_KINDS = {torch.float32: Kind.FP32, torch.bfloat16: Kind.BF16}
 CHANNELS = 8  # what divides hidden states and heads
 
 
 @dataclass(frozen=True)
 class TokenHead:
-    """What ranks tokens: the LM head, or what takes its place in drafts."""
+    """The head that ranks tokens: the LM head, or its replacement in drafts."""
 
     matrix: Matrix
     tokens: Tensor | None = None
-    """int32 [rows of the matrix]: the token that each row is of; None where they are all."""
+    """int32 [rows of the matrix]: the token of each row; None where the rows are all tokens."""
     rerank: Matrix | None = None
-    """An LM head of all tokens, which chooses among the best."""
+    """A full LM head, which chooses among the best tokens."""
 
     @property
     def padded(self) -> int:
@@ -84,14 +84,14 @@ class TokenHead:
 
 
 class Buffers:
-    """Memory by name and type, as large as the largest that was asked for: what the system gives
-    anew it has to clear first, page by page."""
+    """Memory by name and type, as large as the largest request so far; reused, because the system
+    clears new memory page by page."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of a shape, which the next one of that name and type lies over."""
+        """A tensor of a shape; the next one of the same name and type uses the same memory."""
         size, held = math.prod(shape), self._held.get((name, dtype))
         if held is None or len(held) < size:
             with torch.inference_mode(False):
@@ -100,14 +100,14 @@ class Buffers:
 
 
 class Descriptors:
-    """The structures of a model and its gates, and the tensors that they point into.
+    """The structures of a model and its gates, and the tensors to which they point.
 
-    `rounded` asks for activations of 8 bits where weights are packed, and says afterwards whether
+    `rounded` asks for activations of 8 bits where weights are packed; afterwards it says whether
     there are any.
     """
 
     def __init__(self, model: Any, gates: Gates | None, rounded: bool) -> None:
-        """Raises UnsupportedModel for what the kernels do not know."""
+        """Raises UnsupportedModel for models that the kernels cannot run."""
         if gates is not None and (type(gates) is not ScalarGates or gates.scales):
             raise UnsupportedModel("only scalar gates that do not scale run natively")
         self._held: list[Any] = []
@@ -120,14 +120,15 @@ class Descriptors:
         self.family = family_of(model)
         self.activation = _activation(model.config, self.family)
         self.rotary_dims = _rotary_dims(model)
-        """Channels of a head that are rotated, by the key of a rope table, in the tables' order."""
+        """Number of rotated channels of a head, by the key of a rope table, in the tables'
+        order."""
         self.model = self._model(model, gates)
         self.head = self._head(model.get_output_embeddings())
         self.embedding = self._embedding(model)
         collapse(self._held)
 
     def tensors(self) -> list[Tensor]:
-        """What the structures point into."""
+        """The tensors to which the structures point."""
         return list(self._held)
 
     # -- the model ------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ class Descriptors:
         hidden, shape = model.config.hidden_size, shapes[0]
         for name, width in (("hidden_size", hidden), ("head_dim", shape.head_dim)):
             if width % CHANNELS:
-                raise UnsupportedModel(f"{name} {width} runs in torch: no multiple of {CHANNELS}")
+                raise UnsupportedModel(f"{name} {width} is not a multiple of {CHANNELS}")
         pairs = zip(branches[::2], branches[1::2], shapes, strict=True)
         layers = (abi.Layer * len(shapes))(*(self._layer(*pair, gates) for pair in pairs))
         return abi.Model(
@@ -218,8 +219,8 @@ class Descriptors:
         )
 
     def integers(self, weight: Tensor, squares: Tensor, bits: int) -> Matrix:
-        """Weights [n, k] on a grid of `bits`, rounded by the mean squares [k] of what they are
-        multiplied with; in float32 where their columns are no whole blocks."""
+        """Weights [n, k] on a grid of `bits`, rounded by the mean squares [k] of their inputs; in
+        float32 where their columns are not whole blocks."""
         n, k = weight.shape
         weight = weight.detach().float()
         if k % BLOCK:
@@ -249,9 +250,11 @@ class Descriptors:
         weight = getattr(module, "weight", None)
         dense = isinstance(module, nn.Linear | DenseLinear | SharedHead)
         if not dense or not isinstance(weight, Tensor):
-            raise UnsupportedModel(f"{type(module).__name__} layers run in torch")
+            raise UnsupportedModel(f"{type(module).__name__} layers have no native kernel")
         if weight.dtype not in DENSE_KINDS or weight.device.type != "cpu":
-            raise UnsupportedModel(f"{weight.dtype} weights on {weight.device.type} run in torch")
+            raise UnsupportedModel(
+                f"{weight.dtype} weights on {weight.device.type} have no native kernel"
+            )
         kind, bias, (n, k) = DENSE_KINDS[weight.dtype], module.bias, weight.shape
         place = (n, n)
         if rows is not None:
@@ -276,7 +279,7 @@ class Descriptors:
         """Some rows of a packed layer, which are whole tiles of it."""
         if not rows.whole(ROWS_PER_TILE):
             raise UnsupportedModel(
-                f"packed projections of {rows.run} rows in one run in torch: no whole tiles of"
+                f"runs of {rows.run} rows of a packed fused projection are not whole tiles of"
                 f" {ROWS_PER_TILE}"
             )
         if module not in self._fused:
@@ -287,7 +290,7 @@ class Descriptors:
         return part
 
     def _head(self, module: Any) -> Matrix:
-        """The LM head: as it is where it is packed or on a grid, in 8 bits where the layers are
+        """The LM head: unchanged where it is packed or on a grid; in 8 bits where the layers are
         packed, since it would cost more than they do."""
         grid = module.grid() if isinstance(module, SharedHead) else None
         if grid is not None and not grid.group % BLOCK:
@@ -302,7 +305,7 @@ class Descriptors:
         return Matrix(Kind.INT8_A8, n, k, BLOCK, ZERO_POINT, n, n, *whole)
 
     def _embedding(self, model: Any) -> abi.Embedding:
-        """What tokens are at the input: rows of a table in the model's type, or of a packed one."""
+        """The embedding: rows of a table in the model's type, or of a packed one."""
         module, scale = model.get_input_embeddings(), embedding_scale(model)
         if isinstance(module, PackedEmbedding):
             table, parts = module.table.exact_matrix()
@@ -321,7 +324,7 @@ class Descriptors:
         return None if tensor is None else self._at(tensor)
 
     def _at(self, tensor: Tensor) -> int:
-        """The address of a tensor, which is held from now on."""
+        """The address of a tensor, which is kept alive from now on."""
         whole = tensor.detach().contiguous()
         self._held.append(whole)
         return whole.data_ptr()
@@ -330,7 +333,7 @@ class Descriptors:
 def _activation(config: Any, family: Family) -> Activation:
     name = getattr(config, family.activation)
     if name not in ACTIVATIONS:
-        raise UnsupportedModel(f"activation {name} runs in torch")
+        raise UnsupportedModel(f"the activation {name} has no native kernel")
     return ACTIVATIONS[name]
 
 

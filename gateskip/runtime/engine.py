@@ -1,10 +1,10 @@
 """The native engine: calls of the compiled kernels, each a pass over a few tokens or several steps.
 
-It takes over decoding, drafting and verifying on a CPU, where a step in torch spends most of its
-time between operators. What it does not know (other devices, formats or architectures) stays with
-torch. Weights are the torch modules' own, float32, bfloat16 or packed; packed ones are multiplied
-with activations rounded to 8 bits when `rounded` asks for it. Between branches all is float32, so
-that bfloat16 models lose less here than in torch.
+It decodes, drafts and verifies on a CPU, where a step in torch spends most of its time between
+operators. Devices, formats and architectures that it does not support stay with torch. Weights are
+the torch modules' own, float32, bfloat16 or packed; packed ones are multiplied with activations
+rounded to 8 bits when `rounded` asks for it. Between branches everything is float32, so that
+bfloat16 models lose less precision here than in torch.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from gateskip.runtime.kv_cache import KVCache
 class Engine:
     """A model of a supported architecture, ready for `step`.
 
-    `rounded` tells whether any of its products are of activations rounded to 8 bits. `draft_head`
-    ranks the tokens of a draft: the LM head, or what takes its place. Not for two threads at a
-    time: calls share memory.
+    `rounded` tells whether any of its products use activations rounded to 8 bits. `draft_head`
+    ranks the tokens of a draft: the LM head, or its replacement. Not for two threads at a time:
+    calls share memory.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class Engine:
         self._cache: tuple[weakref.ref[KVCache], abi.CacheView] | None = None
 
     def tensors(self) -> list[Tensor]:
-        """What the engine reads: the model's weights, and what it made of some of them."""
+        """The tensors that the engine reads: the model's weights, and converted copies of some of
+        them."""
         return self.parts.tensors()
 
     # -- one pass -------------------------------------------------------------------------------
@@ -82,11 +83,11 @@ class Engine:
         entered: Tensor | None = None,
     ) -> Tensor:
         """Embeddings [rows, H] at `slots` of `cache_rows` -> final normed hidden states [rows, H],
-        float32 whatever the weights are.
+        float32 for weights of any type.
 
-        Any number of rows, whose bits do not depend on each other; of a cache row, later slots come
-        after earlier ones. Thresholds may be those of each row, float32 [rows, branches];
-        `entered`, uint8 [rows, branches] and zero, becomes 1 where a row entered.
+        Any number of rows, whose bits do not depend on each other; within a cache row, later slots
+        come after earlier ones. Thresholds may differ by row, float32 [rows, branches]; `entered`,
+        uint8 [rows, branches] and zero, becomes 1 where a row entered.
         """
         out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         places = torch.tensor([[*cache_rows], [*slots]], dtype=torch.int32)
@@ -102,8 +103,8 @@ class Engine:
         slots: Sequence[int],
         thresholds: Sequence[float] | None,
     ) -> tuple[list[int], Tensor]:
-        """The argmax token after each of `tokens`, which stand at `slots` of `cache_rows`: that of
-        the logits of `step`'s states; and those states [rows, H]."""
+        """The argmax token after each of `tokens`, which are at `slots` of `cache_rows`, from the
+        logits of `step`'s states; and those states [rows, H]."""
         rows = torch.tensor([[*cache_rows], [*slots], [*tokens]], dtype=torch.int32)
         hidden = torch.empty(len(tokens), self.model.hidden)
         step = self._step(hidden, rows, thresholds)
@@ -121,7 +122,8 @@ class Engine:
         return out
 
     def multiplier(self, layer: PackedLinear) -> Callable[[Tensor], Tensor]:
-        """What the engine does with rows x [rows, in] at such a layer: a call that can be timed."""
+        """The engine's product of rows x [rows, in] with such a layer, as a call that can be
+        timed."""
         matrix = self.parts.packed(layer, self.rounded)
         return lambda x: self._multiply(matrix, x)
 
@@ -142,11 +144,11 @@ class Engine:
         thresholds: Sequence[float] | Tensor | None,
         entered: Tensor | None = None,
     ) -> SampledTokens:
-        """The tokens that follow in a row: see `Backend.sample`. `self.entered` counts all steps.
+        """The next tokens of a row: see `Backend.sample`. `self.entered` counts all steps.
 
         Thresholds may be those of the row, float32 [1, branches]; `entered`, uint8 [count,
-        branches] and zero, becomes 1 where a step entered. Tokens of a draft are ranked by the
-        draft head; drawn ones by it alone.
+        branches] and zero, becomes 1 where a step entered. The draft head ranks a draft's tokens,
+        and alone draws them when sampling.
         """
         cache, cache_row, slot = place
         state = torch.empty(1, self.model.hidden)
@@ -160,7 +162,7 @@ class Engine:
         return self._sampled(request, head, state[0], follow)
 
     def draft_by_network(self, request: SampleRequest, state: Tensor) -> SampledTokens:
-        """As `sample`, by the network that was taken, from the final state [H] before the token."""
+        """As `sample`, by the draft network, from the final state [H] before the token."""
         network, head = self._network
         moving = state.float().clone().contiguous()
 
@@ -176,7 +178,7 @@ class Engine:
         state: Tensor | None,
         follow: Callable[[abi.DecodeRequest], None],
     ) -> SampledTokens:
-        """What a call of the kernels makes of a request, with tokens ranked by a head."""
+        """The kernels' answer to a request, with tokens ranked by a head."""
         raised: list[BaseException] = []
         order, distributions = self._order(request, head)
         tokens = torch.empty(request.count, dtype=torch.int32)
@@ -201,7 +203,8 @@ class Engine:
     def _order(
         self, request: SampleRequest, head: TokenHead
     ) -> tuple[abi.DecodeRequest, Tensor | None]:
-        """A request as the kernels read it, and where a draft's distributions go, if it has any."""
+        """A request in the form that the kernels read, and the memory for a draft's distributions,
+        if it has any."""
         order = abi.DecodeRequest(
             token=request.token,
             count=request.count,
@@ -227,7 +230,7 @@ class Engine:
         return order, distributions
 
     def _draft(self, limit: DraftLimit, head: TokenHead) -> abi.Draft:
-        """What a draft that a head ranks has beyond the tokens of a row."""
+        """The settings of a draft that a head ranks."""
         acceptance = torch.tensor(list(limit.acceptance_by_bin))
         draft = abi.Draft(
             limit.min_acceptance, acceptance.data_ptr(), len(acceptance), held=acceptance
@@ -245,12 +248,13 @@ class Engine:
 
     def use_draft_head(self, ranks: PackedLinear, rerank: Matrix, tokens: Tensor | None) -> None:
         """Rank tokens [T] of a draft, or all, by an LM head in few bits with a row for each, and
-        choose among the best by a head of all."""
+        choose among the best by a full head."""
         matrix = self.parts.packed(ranks, rounded=True)
         self.draft_head = TokenHead(matrix, None if tokens is None else tokens.int(), rerank)
 
     def use_draft_network(self, network: DraftNetwork, rows: Tensor) -> None:
-        """Let a network draft, whose states meet rows [T, H] of the LM head, one a token of it."""
+        """Let a network draft; its states are multiplied with rows [T, H] of the LM head, one for
+        each of its tokens."""
         squares = network.norm_final.weight.float().square()
         head = TokenHead(self.parts.integers(rows, squares, 4), network.tokens)
         self._network = self.parts.network(network), head
@@ -264,7 +268,7 @@ class Engine:
         draft_thresholds: Sequence[float] | None,
     ) -> tuple[list[Round], Tensor]:
         """Rounds of one row, plain steps one by one, and the final state [H] before the last token:
-        see `RowDecoder.speculate`. Without a drafter the network drafts that was taken."""
+        see `RowDecoder.speculate`. Without a drafter the draft network drafts."""
         cache, row, slot = place
         raised: list[BaseException] = []
         longest = max(request.draft_length, request.lookup_length)
@@ -310,8 +314,8 @@ class Engine:
         row: int,
         thresholds: Sequence[float] | None,
     ) -> tuple[Any, ...]:
-        """Let a call's drafts come from this engine, or from its network; what is returned has to
-        live as long as the call."""
+        """Let a call's drafts come from this engine, or from its network. The returned objects have
+        to live as long as the call."""
         head = self.draft_head
         if by_network and request.draft_length:
             network, head = self._network
@@ -332,8 +336,8 @@ class Engine:
     def _add_sampling(
         self, call: abi.Speculation, request: SpeculationRequest, rows: int
     ) -> tuple[Tensor, ...]:
-        """Let a call draw the tokens of its rounds, of so many rows each; what is returned has to
-        live as long as the call."""
+        """Let a call draw the tokens of its rounds, with that many rows each. The returned objects
+        have to live as long as the call."""
         if request.sampling is None:
             return ()
         width = self.head.n + -self.head.n % 8
@@ -370,7 +374,7 @@ class Engine:
         )
 
     def _tensor(self, thresholds: Sequence[float] | Tensor) -> Tensor:
-        """As the kernels read them; held until the next call at least."""
+        """A tensor in the form that the kernels read; kept alive until the next call at least."""
         if isinstance(thresholds, Tensor):
             self._row_thresholds = thresholds.contiguous()
             return self._row_thresholds
@@ -395,20 +399,20 @@ class Engine:
 
 
 def _round(done: abi.Round, probabilities: list[float]) -> Round:
-    """A round as the kernels tell of it."""
+    """A round from the kernels' answer."""
     said = [] if done.looked_up else probabilities[: done.drafted]
     row = Verified(done.drafted, done.accepted, bool(done.looked_up), said)
     return Round([row], done.draft_s, done.verify_s)
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
-    """Addresses of tensors, as an array that a structure points to."""
+    """Addresses of tensors, as an array to which a structure points."""
     return (abi.Pointer * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
 def guarded(called: Callable[..., Any], raised: list[BaseException], instead: Any) -> Any:
-    """A function whose exceptions, which may not pass through the kernels, are kept in a list; it
-    returns something else where it raised."""
+    """A function whose exceptions, which may not pass through the kernels, are stored in a list; it
+    returns another value where it raised."""
 
     def call(*arguments: Any) -> Any:
         try:

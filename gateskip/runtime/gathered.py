@@ -1,4 +1,5 @@
-"""The backend `gathered`: torch on any device; of a branch, the tokens that enter it."""
+"""The backend `gathered`: torch on any device, each branch computed for the tokens that enter
+it."""
 
 from __future__ import annotations
 
@@ -12,20 +13,17 @@ import torch
 from torch import Tensor
 
 from gateskip.gates.base import Gates
-from gateskip.model.families import Branch, final_norm, head
+from gateskip.model.families import Branch, final_norm
 from gateskip.model.projections import BY_TORCH, Steps
 from gateskip.quantization.formats import has_packed, weight_format
 from gateskip.quantization.packed_linear import streaming
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.backend import (
     Arithmetic,
+    Backend,
     BackendName,
     PassThresholds,
-    SampledTokens,
-    SampleRequest,
-    argmax_after,
     dtype_name,
-    sample_one,
 )
 from gateskip.runtime.gathering import (
     TOGETHER,
@@ -37,7 +35,7 @@ from gateskip.runtime.gathering import (
     parts_of,
     rows_at,
 )
-from gateskip.runtime.kv_cache import EVEN, KVCache, KVFormat, KVLayout, Visible
+from gateskip.runtime.kv_cache import EVEN, KVCache, Visible
 
 
 class TorchOperations:
@@ -55,7 +53,8 @@ class TorchOperations:
 
     @property
     def even(self) -> int:
-        """oneDNN compiles bfloat16's products for each number of rows."""
+        """oneDNN compiles a bfloat16 product for each number of rows, so their number is rounded up
+        on a CPU."""
         return EVEN if self.device.type == "cpu" else 1
 
     def sizes(self, count: int) -> list[int]:
@@ -71,11 +70,11 @@ class TorchOperations:
         batch: Batch,
         threshold: float | Tensor | None,
     ) -> int | None:
-        """No branch is one call."""
+        """None: no branch is one call."""
         return None
 
     def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
-        """Nothing is made ready."""
+        """Nothing to prepare."""
         return nullcontext()
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -87,7 +86,7 @@ class TorchOperations:
         return self.norm(hidden)  # type: ignore[no-any-return]
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """What an MLP branch adds to tokens x [N, H]."""
+        """The output of an MLP branch for tokens x [N, H]."""
         return self.leave(branch, branch.module(x))
 
     def leave(self, branch: Branch, output: Tensor) -> Tensor:
@@ -95,7 +94,8 @@ class TorchOperations:
         return branch.leave(output)
 
     def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
-        """On a CPU the pairs that may see each other, elsewhere torch's attention under a mask."""
+        """Attention of a branch: on a CPU only over pairs of tokens that may see each other,
+        elsewhere torch's attention under a mask."""
         kv, rows, shape = seen.kv, seen.rows, self.shapes[branch.index]
         if self.device.type == "cpu":
             return partial(attend_rows, kv=kv, shape=shape, rows=rows)
@@ -107,7 +107,7 @@ class TorchOperations:
         hidden.view(-1, hidden.shape[-1]).index_add_(0, places, added.to(hidden.dtype))
 
     def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
-        """See `Operations`; in the parts in which tokens enter."""
+        """See `Operations`; in parts, as for tokens that enter."""
         assert self.shortcuts is not None
         for places in parts_of(skip, self.sizes):
             chosen = filled(places, self.even) if len(places) >= self.even else places
@@ -115,57 +115,21 @@ class TorchOperations:
             self.add_rows(hidden, places, instead[: len(places)])
 
 
-class GatheredBackend:
+class GatheredBackend(GatheredPass, Backend[KVCache]):
     """A causal LM of a supported architecture, `gates` its gates or None: see `Backend`."""
 
     name: BackendName = "gathered"
+    operations: TorchOperations
 
     def __init__(self, model: Any, gates: Gates | None = None, kv_rule: str = "project") -> None:
-        self.model = model
-        self.operations = TorchOperations(model, gates)
-        self._pass = GatheredPass(model, gates, kv_rule, self.operations)
-        self._layout = KVLayout(model, tuple(self.operations.shapes.values()), kv_rule)
-        self.usage = self._pass.usage
-        self.kv_cache: KVFormat = "model"
-
-    @property
-    def gated(self) -> bool:
-        """Whether gates that scale do so at full compute, too."""
-        return self._pass.gated
-
-    @gated.setter
-    def gated(self, value: bool) -> None:
-        self._pass.gated = value
+        super().__init__(model, gates, kv_rule, TorchOperations(model, gates))
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """torch multiplies with activations of the model's own type; packed weights are unpacked
         for prompts and meet activations in float32 in decoding."""
         packed = has_packed(self.model) and not scoring
-        activations = "float32" if packed else dtype_name(self._pass.dtype)
+        activations = "float32" if packed else dtype_name(self.dtype)
         return Arithmetic(self.name, weight_format(self.model), activations, "float32")
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty KV cache. Raises ValueError where the model has fewer positions."""
-        return self._layout.empty(batch, capacity, self.kv_cache)
-
-    def cache_bytes(self, batch: int, capacity: int) -> int:
-        """What `new_cache` takes, in bytes."""
-        return self._layout.nbytes(batch, capacity, self.kv_cache)
-
-    def prefill(
-        self,
-        input_ids: Tensor,
-        cache: KVCache,
-        starts: Sequence[int],
-        thresholds: PassThresholds = None,
-        lengths: Sequence[int] | None = None,
-        rows: Sequence[int] | None = None,
-        full_from: Sequence[int] | None = None,
-    ) -> Tensor:
-        """See `Backend.prefill`."""
-        some = None if rows is None else tuple(rows)
-        batch = Batch.of(input_ids, starts, lengths, some, full_from=full_from)
-        return self._pass.run(input_ids, cache, batch, thresholds)
 
     def decode(
         self,
@@ -184,42 +148,21 @@ class GatheredBackend:
         some = None if list(rows) == list(range(cache.batch)) else tuple(rows)
         batch = Batch.of(ids, starts, lengths, some, decoding=True)
         with streaming():
-            hidden = self._pass.run(ids, cache, batch, thresholds)
+            hidden = self.run(ids, cache, batch, thresholds)
         return hidden.flatten(0, 1) if batch.real is None else hidden[batch.real]
-
-    def argmax(
-        self,
-        tokens: Sequence[Sequence[int]],
-        cache: KVCache,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        thresholds: PassThresholds = None,
-    ) -> tuple[list[list[int]], Tensor]:
-        """See `Backend.argmax`."""
-        return argmax_after(self, tokens, cache, rows, starts, thresholds)
-
-    def sample(
-        self, request: SampleRequest, place: tuple[KVCache, int, int], thresholds: PassThresholds
-    ) -> SampledTokens:
-        """See `Backend.sample`."""
-        return sample_one(self, request, place, thresholds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Backend.logits`."""
         with streaming():
             return self.scores(hidden)
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        """See `Backend.scores`."""
-        return head(self.model, hidden.to(self._pass.dtype))
-
 
 def few_sizes(count: int) -> list[int]:
-    """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it but for the last,
-    which is no larger than that half.
+    """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it, except for the last
+    part, which is at most that half.
 
-    oneDNN compiles a bfloat16 product for each new size, for milliseconds, and keeps half a
-    megabyte of code; gates leave another number of tokens at every branch of every prompt.
+    oneDNN compiles a bfloat16 product for each new size, which takes milliseconds, and keeps half a
+    megabyte of code. Gates leave another number of tokens at every branch of every prompt.
     """
     whole, rest = divmod(count, TOGETHER)
     half = TOGETHER // 2

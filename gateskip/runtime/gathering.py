@@ -1,9 +1,9 @@
 """One pass over the tokens of a prompt, or the next ones of some rows, branch by branch.
 
-A branch is computed for the tokens that enter it. What a skipped token gets instead is nothing, or
-a shortcut where the gates have them. The tokens that enter are gathered, run, and added back. Rows
-of different lengths share a batch without a padding mask, since a cache is indexed by position, and
-a prompt may come in chunks. How norms, products and attention are computed is a backend's own:
+A branch is computed for the tokens that enter it; a skipped token gets a shortcut where the gates
+have them, otherwise nothing. The tokens that enter are gathered, run, and added back. Rows of
+different lengths share a batch without a padding mask, since a cache is indexed by position, and a
+prompt may come in chunks. Each backend computes norms, products and attention in its own way:
 `Operations`.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from gateskip.gates.base import Gates
 from gateskip.kernels.abi import Entering
 from gateskip.model.compute import Usage
-from gateskip.model.families import Branch, embed, final_norm, find_branches
+from gateskip.model.families import Branch, embed, final_norm, find_branches, head
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.projections import (
     AttentionShape,
@@ -34,28 +34,33 @@ from gateskip.model.projections import (
 )
 from gateskip.runtime.backend import PassThresholds
 from gateskip.runtime.budget_control import RowThresholds
-from gateskip.runtime.kv_cache import EVEN, KVCache, Place, Visible
+from gateskip.runtime.kv_cache import EVEN, KVCache, KVFormat, KVLayout, Place, Visible
 
 Attend = Callable[[Tensor, Sequence[int], Tensor], Tensor]
-"""(queries [N, heads, D], how many a row, their slots [N]) -> [N, heads * D]."""
+"""(queries [N, heads, D], number of queries in each row, their slots [N]) -> [N, heads * D]."""
 TOGETHER = 1024  # tokens that enter a branch at once
 
 
 class Operations(Protocol):
-    """What a backend computes in its own way."""
+    """The operations that a backend computes in its own way."""
 
     @property
     def fp32_activations(self) -> bool:
-        """Whether prompts pass in float32 though the weights are bfloat16."""
+        """Whether prompts pass in float32 although the weights are bfloat16."""
         ...
 
     @property
     def even(self) -> int:
-        """What divides the number of gathered rows."""
+        """The number of gathered rows is a multiple of this."""
         ...
 
     def sizes(self, count: int) -> list[int]:
         """Sizes of the parts in which `count` tokens enter a branch."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[int, AttentionShape]:
+        """The sizes of every attention branch, by its index."""
         ...
 
     @property
@@ -72,9 +77,9 @@ class Operations(Protocol):
         batch: Batch,
         threshold: float | Tensor | None,
     ) -> int | None:
-        """hidden [B, S, H] += a branch, in place: norms, gate, cache and shortcuts in one. How many
-        tokens entered, or None where that was not done; rows with thresholds of their own have
-        every token enter a branch that is."""
+        """hidden [B, S, H] += a branch, in place: norms, gate, cache and shortcuts in one call.
+        Returns how many tokens entered, or None where that was not done. With separate thresholds
+        for rows it does only branches that every token enters."""
         ...
 
     def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
@@ -82,7 +87,7 @@ class Operations(Protocol):
         ...
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The norm before a branch, and its gate's logits where they come for nothing with it."""
+        """The norm before a branch, and its gate's logits where they come at no further cost."""
         ...
 
     def final(self, hidden: Tensor) -> Tensor:
@@ -90,16 +95,17 @@ class Operations(Protocol):
         ...
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """What an MLP branch adds to tokens x [N, H]."""
+        """The output of an MLP branch for tokens x [N, H]."""
         ...
 
     def leave(self, branch: Branch, output: Tensor) -> Tensor:
-        """What a branch adds, of its module's output [..., H]: the norm after it, if any."""
+        """The term that a branch adds, from its module's output [..., H]: the norm after it, if
+        any."""
         ...
 
     def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
-        """Attention of a branch over what its tokens see; `whole` says that every token of the
-        batch enters."""
+        """Attention of a branch over the visible keys of its tokens; `whole` says that every token
+        of the batch enters."""
         ...
 
     def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
@@ -107,13 +113,14 @@ class Operations(Protocol):
         ...
 
     def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
-        """hidden [B, S, H] where `skip` [B, S], padding among it, += what the branch's shortcut
-        makes of x [B, S, H], in place."""
+        """hidden [B, S, H] where `skip` [B, S] is set, including padding, += the branch's shortcut
+        of x [B, S, H], in place."""
         ...
 
 
 class GatheredPass:
-    """Passes over a causal LM of a supported architecture, `gates` its gates or None.
+    """Passes over a causal LM of a supported architecture, `gates` its gates or None: the part that
+    the backends `gathered` and `native` share.
 
     `usage` counts the tokens that entered each branch; `gated` says whether gates that scale do so
     at full compute, too.
@@ -124,8 +131,37 @@ class GatheredPass:
         self.operations = operations
         self.dtype: torch.dtype = final_norm(model).weight.dtype
         self.branches = find_branches(model)
+        self.layout = KVLayout(model, tuple(operations.shapes.values()), kv_rule)
+        self.kv_cache: KVFormat = "model"
         self.usage = Usage.of(model)
         self.gated = True
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty KV cache. Raises ValueError where the model has fewer positions."""
+        return self.layout.empty(batch, capacity, self.kv_cache)
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """The size of `new_cache`'s result, in bytes."""
+        return self.layout.nbytes(batch, capacity, self.kv_cache)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        starts: Sequence[int],
+        thresholds: PassThresholds = None,
+        lengths: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+        full_from: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See `Backend.prefill`."""
+        some = None if rows is None else tuple(rows)
+        batch = Batch.of(input_ids, starts, lengths, some, full_from=full_from)
+        return self.run(input_ids, cache, batch, thresholds)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """See `Backend.scores`."""
+        return head(self.model, hidden.to(self.dtype))
 
     def run(
         self, input_ids: Tensor, cache: KVCache, batch: Batch, thresholds: PassThresholds
@@ -134,7 +170,7 @@ class GatheredPass:
         cache.begin(batch.place.row_numbers, *zip(*batch.spans, strict=True))
         hidden = embed(self.model, input_ids)
         hidden = hidden.float() if self.operations.fp32_activations else hidden
-        ropes = {  # two of [B, S, D] a kind of layer
+        ropes = {  # two of [B, S, D] per kind of layer
             key: (cos[batch.slots].to(hidden.dtype), sin[batch.slots].to(hidden.dtype))
             for key, (cos, sin) in cache.rope.items()
         }
@@ -187,7 +223,7 @@ class GatheredPass:
     def _note(
         self, branch: Branch, thresholds: PassThresholds, count: int, keep: Tensor | None
     ) -> None:
-        """Count that so many tokens enter a branch: those of keep [B, S], or all."""
+        """Add `count` tokens to a branch's usage: those of keep [B, S], or all."""
         self.usage.kept[branch.index] += count
         if isinstance(thresholds, RowThresholds):
             thresholds.count(branch.index, keep)
@@ -195,7 +231,7 @@ class GatheredPass:
     def _scaled(
         self, branch: Branch, x: Tensor, thresholds: PassThresholds
     ) -> tuple[Tensor, Tensor | None]:
-        """What the branch reads, and what multiplies its output: gates that scale do either."""
+        """The branch's input, and the factor of its output: gates that scale change one of them."""
         if self.gates is None or not self.gates.scales:
             return x, None
         if thresholds is None and not self.gated:
@@ -284,7 +320,8 @@ class GatheredPass:
         batch: Batch,
         keep: Tensor | None,
     ) -> Visible:
-        """Keep keys and values of all tokens, by the KV rule: what they see then."""
+        """Store keys and values of all tokens by the KV rule; returns the keys and values that they
+        see."""
         if keep is None or self.kv_rule == "project" or branch.layer == 0:
             keys, values = project_keys_values(branch, x, rope, self.operations.steps)
             return cache.store(branch.layer, batch.place, keys, values)
@@ -303,7 +340,7 @@ class GatheredPass:
     # -- gathering ------------------------------------------------------------------------------
 
     def _filled(self, places: Tensor, batch: Batch) -> Tensor:
-        """The same places, filled up to a size that products know; decoding takes any."""
+        """The same places, filled up to a size that products know; decoding takes any size."""
         return places if batch.decoding else filled(places, self.operations.even)
 
     def _gathered(
@@ -334,7 +371,7 @@ class Batch:
 
     @cached_property
     def entering(self) -> Tensor:
-        """Of each token an Entering, uint8 [B, S]."""
+        """For each token an Entering, uint8 [B, S]."""
         entering = self.always.to(torch.uint8) + Entering.BY_GATE
         return entering if self.real is None else entering * self.real
 
@@ -378,7 +415,8 @@ class Batch:
 
 
 def thresholds_at(thresholds: PassThresholds, branch: int) -> float | Tensor | None:
-    """What a gate's logits must reach: a number, or [rows, 1]; None where every token enters."""
+    """The threshold of a branch's gate logits: a number, or [rows, 1]; None where every token
+    enters."""
     if thresholds is None:
         return None
     if isinstance(thresholds, RowThresholds):

@@ -1,7 +1,8 @@
-"""Weights on huge pages: a token reads all of them, and 4 KiB pages cost it address translations.
+"""Puts weights on huge pages: a token reads all weights, and with 4 KiB pages address translation
+slows that down.
 
-Linux moves memory that is in use onto pages of 2 MiB when it is asked to (`MADV_COLLAPSE`, since
-6.1), addresses and contents unchanged. Elsewhere, and where the system forbids it, nothing happens.
+Linux moves memory in use onto pages of 2 MiB on request (`MADV_COLLAPSE`, since 6.1), with
+unchanged addresses and contents. On other systems, and where it is forbidden, nothing happens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @cache
 def setting() -> str | None:
-    """`always`, `madvise` or `never`, as this system is set; None where there is no such thing."""
+    """`always`, `madvise` or `never`, the setting of this system; None where it has none."""
     try:
         words = _SETTING.read_text(encoding="ascii").split()
     except OSError:
@@ -35,10 +36,12 @@ def setting() -> str | None:
 
 
 def collapse(tensors: Iterable[Tensor]) -> int:
-    """Move the memory of tensors onto huge pages where they fill at least half of one: bytes moved.
+    """Move the memory of tensors onto huge pages where they fill at least half of one; returns the
+    bytes moved.
 
-    It is a request: what the system refuses stays where it is. Each call waits for all processors,
-    so neighbours go together, and one by one only where some of them cannot.
+    It is a request: memory that the system does not move stays where it is. Each call waits for all
+    processors, so neighbouring pages go together, and one by one only where some of them cannot be
+    moved.
     """
     madvise = _madvise()
     if madvise is None:
@@ -79,7 +82,7 @@ def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _filled(tensors: Iterable[Tensor]) -> Counter[int]:
-    """Number of an aligned block of memory -> how many of its bytes the tensors are."""
+    """Number of an aligned block of memory -> how many of its bytes belong to the tensors."""
     filled: Counter[int] = Counter()
     for begin, end in {_span(tensor) for tensor in tensors if tensor.device.type == "cpu"}:
         for block in range(begin // HUGE, -(-end // HUGE)):

@@ -1,10 +1,11 @@
 """KV cache indexed by token position; truncating only lowers a length.
 
-A layer with a sliding window keeps the positions that the window reaches and some more: a position
-lies at its remainder by the layer's slots, over the one that the window has left.
+A layer with a sliding window stores only the positions that the window reaches and some more. A
+position's slot is its remainder by the layer's number of slots, and overwrites a position that the
+window has left.
 
-In the format `int8` keys and values are bytes times a scale for each token and head; prompts attend
-to what those stand for, as decoding does.
+In the format `int8` keys and values are bytes times a scale for each token and head; prompts and
+decoding attend to the same dequantized values.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from gateskip.runtime.huge_pages import prefer
 
 EVEN = 64  # keys, and gathered rows, come in multiples of this
 SLACK = 64
-"""Positions that a layer keeps beyond its window. A pass of the kernels writes so many rows before
-the first one attends (MAX_ROWS in api.h), and so far a row may go back: a rejected draft has
-overwritten no position that the tokens after it see."""
+"""Positions that a layer keeps beyond its window. A pass of the kernels writes that many rows
+before the first one attends (MAX_ROWS in api.h), and a row may go back that far: a rejected draft
+has overwritten no position that the tokens after it see."""
 TOGETHER = 256  # keys that kernels take at once begin at multiples of it: KEYS in attention.cpp
 
 KVFormat = Literal["model", "int8"]
-"""How keys and values are kept: in the model's float type, or in 8 bits."""
+"""Format of keys and values: the model's float type, or 8 bits."""
 KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 SCALE_BYTES = 4  # of a token and head
 Scales = list[Tensor] | None
-"""One of [B, kv_heads, slots] a layer, float32; None for numbers that need none."""
+"""One tensor [B, kv_heads, slots] per layer, float32; None for formats without scales."""
 
 
 def slots_of(window: int | None, capacity: int) -> int:
-    """Slots that a layer needs of a row of `capacity` positions."""
+    """Slots that a layer needs for a row of `capacity` positions."""
     return capacity if window is None else min(capacity, -(-(window + SLACK) // EVEN) * EVEN)
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """How the caches of a model lie in memory."""
+    """The memory layout of a model's caches."""
 
     model: Any
     shapes: tuple[AttentionShape, ...]  # of each layer
@@ -63,7 +64,7 @@ class KVLayout:
         return KVCache.empty(self.model, sizes, positions, windows, kind)
 
     def nbytes(self, batch: int, capacity: int, kind: KVFormat) -> int:
-        """What `empty` takes, in bytes."""
+        """The size of `empty`'s result, in bytes."""
         sizes = self._sizes(batch, capacity)
         if kind == "model":
             itemsize: int = final_norm(self.model).weight.dtype.itemsize
@@ -72,7 +73,7 @@ class KVLayout:
 
     def _sizes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """[B, kv_heads, slots, D] of every layer's keys, then of its values. Under the KV rule
-        `copy` a layer's slots are those of the one below."""
+        `copy` a layer has the slots of the layer below."""
         positions = self._positions(capacity)
         windowed = self.kv_rule != "copy"
         return [
@@ -82,14 +83,15 @@ class KVLayout:
         ]
 
     def _positions(self, capacity: int) -> int:
-        """Positions of a cache for `capacity` tokens: aligned, where the model has as many."""
+        """Positions of a cache for `capacity` tokens: rounded up to a multiple, where the model has
+        as many."""
         limit: int = self.model.config.max_position_embeddings
         return max(capacity, min(capacity + -capacity % EVEN, limit))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the tokens [B, S] of a pass stand in a cache."""
+    """The place of the tokens [B, S] of a pass in a cache."""
 
     slots: Tensor  # positions [B, S], ascending
     rows: tuple[int, ...] | None  # the cache's row of each row here; None for all, in order
@@ -104,13 +106,13 @@ class Place:
 
     @property
     def row_numbers(self) -> list[int]:
-        """Cache rows, one a row here."""
+        """Cache rows, one per row here."""
         return list(range(len(self.slots)) if self.rows is None else self.rows)
 
 
 @dataclass(frozen=True)
 class Visible:
-    """What the tokens [B, S] of a pass attend to in one layer."""
+    """The keys and values that the tokens [B, S] of a pass attend to in one layer."""
 
     kv: tuple[Tensor, Tensor]  # two of [rows, kv_heads, T, D]
     rows: tuple[int, ...] | None  # the row of each row here; None for all, in order
@@ -124,7 +126,7 @@ class KVCache:
 
     keys: list[Tensor]
     values: list[Tensor]
-    rope: Rope  # two of [capacity, D] a kind of layer
+    rope: Rope  # two of [capacity, D] per kind of layer
     windows: tuple[int | None, ...]  # of each layer
     reached: list[int]  # positions that each row was written up to
     scales: tuple[Scales, Scales]  # of keys, and of values
@@ -143,7 +145,7 @@ class KVCache:
         """Zeros of `sizes` [B, kv_heads, slots, D], those of keys and of values by turns, for
         `capacity` positions a row.
 
-        In one piece, which goes back to the system whole.
+        They are one allocation, which goes back to the system whole.
         """
         weight = final_norm(model).weight
         counts = [math.prod(size) for size in sizes]
@@ -177,16 +179,16 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions a row has."""
+        """Positions of a row."""
         return len(next(iter(self.rope.values()))[0])
 
     @cached_property
     def slots(self) -> list[int]:
-        """Slots that each layer has of a row."""
+        """Slots of a row in each layer."""
         return [keys.shape[2] for keys in self.keys]
 
     def begin(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
-        """Take note of `counts` tokens from position `starts` on, which rows are about to hold.
+        """Note that rows are about to store `counts` tokens from positions `starts` on.
 
         Raises ValueError where a row goes back further than layers with a window remember.
         """
@@ -201,7 +203,8 @@ class KVCache:
             self.reached[row] = max(self.reached[row] if start else 0, start + count)
 
     def store(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
-        """Keep keys and values [B, S, kv_heads, D] of a layer at a place: what its tokens see."""
+        """Store keys and values [B, S, kv_heads, D] of a layer at a place; returns what its tokens
+        see."""
         if place.used > self.slots[layer]:
             return self._store_around(layer, place, keys, values)
         if place.together is not None:
@@ -220,7 +223,7 @@ class KVCache:
                 store[index], scales[index] = to_int8(part)
 
     def visible(self, layer: int, place: Place) -> Visible:
-        """What tokens see of a layer that holds every position at its own slot."""
+        """The visible keys and values of a layer that has a slot for every position."""
         keys, values = self.keys[layer], self.values[layer]
         if self.scales[0] is not None:
             used = slice(0, min(place.used + -place.used % EVEN, self.slots[layer]))
@@ -234,13 +237,13 @@ class KVCache:
     def _stores(
         self, layer: int, keys: Tensor, values: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """For keys, then for values: where a layer keeps them, their scales, and what is given."""
+        """For keys, then for values: the layer's tensor, its scales, and the new numbers."""
         parts = zip((self.keys, self.values), self.scales, (keys, values), strict=True)
         for store, scales, part in parts:
             yield store[layer], None if scales is None else scales[layer], part
 
     def copy_below(self, layer: int, place: Place) -> None:
-        """KV rule `copy`: a layer shows its predecessor's entries at a place."""
+        """KV rule `copy`: a layer takes its predecessor's entries at a place."""
         for store in (self.keys, self.values, *self.scales):
             if store is None:
                 continue
@@ -251,8 +254,8 @@ class KVCache:
                 store[layer][index] = store[layer - 1][index]
 
     def _store_around(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
-        """The same where positions come around: what is seen is put in order, beside the cache,
-        before the last tokens overwrite what their window has left."""
+        """The same where a window's slots are reused: visible entries are put in order, outside the
+        cache, before the last tokens overwrite those that their window has left."""
         seen = self._in_order(layer, place, keys, values)
         slots = self.slots[layer]
         row, column = _last(place, slots)
@@ -262,8 +265,8 @@ class KVCache:
         return seen
 
     def _in_order(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
-        """What a window reaches of the positions before a place, and behind it the keys and values
-        [B, S, kv_heads, D] that belong there."""
+        """The positions before a place that a window reaches, followed by the keys and values [B,
+        S, kv_heads, D] of the place."""
         window = self.windows[layer]
         assert window is not None, "only layers with a window have fewer slots than positions"
         starts, count = place.slots[:, :1], place.slots.shape[1]
@@ -307,7 +310,8 @@ class KVCache:
 
 
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers [..., D] as bytes whose largest is 127, and scales [...]: as the kernels do it."""
+    """Numbers [..., D] as bytes with a largest absolute value of 127, and scales [...], as the
+    kernels do it."""
     x = x.float()
     most = x.abs().amax(-1)
     inverse = torch.where(most > 0, 127 / most, torch.zeros_like(most))
@@ -315,12 +319,12 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What bytes [..., D] and scales [...] stand for."""
+    """The values of bytes [..., D] and scales [...]."""
     return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def _last(place: Place, slots: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns [N] of the last real tokens of a pass, `slots` of each row at most."""
+    """Rows and columns [N] of the last real tokens of a pass, at most `slots` of each row."""
     column = torch.arange(place.slots.shape[1], device=place.slots.device)
     length = torch.tensor(place.lengths, device=place.slots.device).unsqueeze(1)
     row, last = ((column < length) & (column >= length - slots)).nonzero(as_tuple=True)

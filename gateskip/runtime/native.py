@@ -1,8 +1,8 @@
 """The backend `native`: compiled kernels on a CPU.
 
-Decoding is one native call for all tokens of a pass: where a step in torch spends most of its time
-between operators, a skipped branch costs its gate alone. Several steps of one row, and rounds of
-speculation, are one call, too. Prompts: see native_prefill.py.
+Decoding is one native call for all tokens of a pass. A step in torch spends most of its time
+between operators; here a skipped branch costs only its gate. Several steps of one row, and rounds
+of speculation, are one call, too. Prompts: see native_prefill.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gateskip.gates.base import Gates
-from gateskip.model.families import embed, head
+from gateskip.model.families import embed
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.packed_linear import rounding
 from gateskip.runtime.backend import (
@@ -23,28 +23,29 @@ from gateskip.runtime.backend import (
     BackendName,
     PassThresholds,
     Round,
+    RowDecoder,
     SampledTokens,
     SampleRequest,
     Sampling,
     SpeculationRequest,
     Thresholds,
-    argmax_after,
     dtype_name,
 )
 from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.engine import Engine
-from gateskip.runtime.gathering import Batch, GatheredPass
-from gateskip.runtime.kv_cache import KVCache, KVFormat, KVLayout
+from gateskip.runtime.gathering import GatheredPass
+from gateskip.runtime.kv_cache import KVCache
 from gateskip.runtime.native_prefill import NativeOperations
 
 IN_BYTES = "8 bits in blocks of 32, 16 where a value stands out"
-"""What packed weights are multiplied with: see linear/int8.h."""
+"""Activations in products with packed weights: see linear/int8.h."""
 
 
-class NativeBackend:
-    """See `RowDecoder`. `rounded` lets packed weights be multiplied with activations of 8 bits."""
+class NativeBackend(GatheredPass, RowDecoder[KVCache]):
+    """See `RowDecoder`. With `rounded`, packed weights may be multiplied with 8-bit activations."""
 
     name: BackendName = "native"
+    operations: NativeOperations
 
     def __init__(
         self,
@@ -54,31 +55,18 @@ class NativeBackend:
         rounded: bool = True,
     ) -> None:
         """Raises UnsupportedModel when the kernels cannot run this model here."""
-        self.model = model
         self.engine = Engine(model, gates, kv_rule, rounded)
-        self.operations = NativeOperations(model, self.engine.parts, kv_rule)
-        self._pass = GatheredPass(model, gates, kv_rule, self.operations)
-        self._layout = KVLayout(model, tuple(self.operations.shapes.values()), kv_rule)
-        self.usage = self._pass.usage
-        self.gated = True  # changes nothing: gates that scale do not run natively
-        self.kv_cache: KVFormat = "model"
+        operations = NativeOperations(model, self.engine.parts, kv_rule)
+        super().__init__(model, gates, kv_rule, operations)
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """Decoding keeps float32 between products; packed weights may meet 8-bit activations."""
         if scoring and not self.operations.int8_activations:
             fp32 = self.operations.fp32_activations
-            activations = "float32" if fp32 else dtype_name(self._pass.dtype)
+            activations = "float32" if fp32 else dtype_name(self.dtype)
         else:
             activations = IN_BYTES if self.engine.rounded else "float32"
         return Arithmetic(self.name, weight_format(self.model), activations, "float32")
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty KV cache. Raises ValueError where the model has fewer positions."""
-        return self._layout.empty(batch, capacity, self.kv_cache)
-
-    def cache_bytes(self, batch: int, capacity: int) -> int:
-        """What `new_cache` takes, in bytes."""
-        return self._layout.nbytes(batch, capacity, self.kv_cache)
 
     def prefill(
         self,
@@ -91,10 +79,8 @@ class NativeBackend:
         full_from: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Backend.prefill`."""
-        some = None if rows is None else tuple(rows)
-        batch = Batch.of(input_ids, starts, lengths, some, full_from=full_from)
         with rounding(self.operations.native_products and self.engine.rounded):
-            return self._pass.run(input_ids, cache, batch, thresholds)
+            return super().prefill(input_ids, cache, starts, thresholds, lengths, rows, full_from)
 
     def decode(
         self,
@@ -129,7 +115,7 @@ class NativeBackend:
     ) -> tuple[list[list[int]], Tensor]:
         """See `Backend.argmax`; one native call where all rows have the same thresholds."""
         if isinstance(thresholds, RowThresholds):
-            return argmax_after(self, tokens, cache, rows, starts, thresholds)
+            return super().argmax(tokens, cache, rows, starts, thresholds)
         flat, cache_rows, slots = _begin(tokens, cache, rows, starts)
         chosen, states = self.engine.argmax(flat, cache, cache_rows, slots, thresholds)
         self._count(*((slot, 1) for slot in slots))
@@ -189,12 +175,9 @@ class NativeBackend:
         """See `Backend.logits`."""
         return self.engine.logits(hidden)
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        """See `Backend.scores`."""
-        return head(self.model, hidden.to(self._pass.dtype))
-
     def _count(self, *spans: tuple[int, int]) -> None:
-        """Count tokens by position and number, and what they entered in the last call."""
+        """Count tokens by position and number, and the branches that they entered in the last
+        call."""
         for start, count in spans:
             self.usage.saw(start, count)
         entered = self.engine.entered.tolist()
@@ -204,7 +187,8 @@ class NativeBackend:
 def _begin(
     tokens: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int], starts: Sequence[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Token ids, cache rows and slots, one of each a token, once the cache knows that they come."""
+    """Token ids, cache rows and slots, one of each a token, after telling the cache that they
+    come."""
     counts = [len(ids) for ids in tokens]
     cache.begin(rows, starts, counts)
     flat = [token for ids in tokens for token in ids]
@@ -214,7 +198,7 @@ def _begin(
 
 
 def plain_steps_as_one(rounds: Sequence[Round]) -> list[Round]:
-    """Rounds of one row, in which plain steps that follow each other are one."""
+    """Rounds of one row, with consecutive plain steps merged into one."""
     merged = list[Round]()
     for one in rounds:
         before = merged[-1] if merged else None

@@ -1,8 +1,9 @@
-"""Prompts in the backend `native`: what one pass computes by compiled kernels.
+"""Prompts in the backend `native`: the parts of a pass that compiled kernels compute.
 
 A branch is one native call, or a few: with packed weights, which meet the same activations as in
-decoding, and with all in bfloat16 where the processor has units for whole matrices (AMX). Others
-torch multiplies, as in `gathered`, and what lies between its products is one native pass each.
+decoding, and with all weights in bfloat16 where the processor has units for whole matrices (AMX).
+Torch multiplies by all other weights, as in `gathered`; each operation between its products is one
+native pass.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CHANNELS = 16  # what divides those of a head that it knows
 
 
 class NativeOperations:
-    """See `Operations`: norms, gates, rope, attention and activations of prompts, of any number of
+    """See `Operations`: norms, gates, rope, attention and activations of prompts of any number of
     tokens, and products where the kernels have them."""
 
     def __init__(self, model: Any, parts: Descriptors, kv_rule: str) -> None:
@@ -65,9 +66,9 @@ class NativeOperations:
 
     @cached_property
     def native_products(self) -> bool:
-        """Whether the kernels multiply prompts: a bfloat16 model's, in units for whole matrices, or
-        by packed weights as decoding does, with activations of 8 bits. Weights beside those must be
-        multiplied fast in bfloat16."""
+        """Whether the kernels multiply prompts: those of a bfloat16 model in units for whole
+        matrices, or those by packed weights with 8-bit activations, as decoding does. Other weights
+        of the model must be multiplied fast in bfloat16."""
         units = ops.prefill_units()
         if self.dtype != torch.bfloat16 or units != PrefillUnits.VECTORS:
             return self.dtype == torch.bfloat16 and units == PrefillUnits.TILE_UNITS
@@ -76,7 +77,7 @@ class NativeOperations:
 
     @cached_property
     def int8_activations(self) -> bool:
-        """Whether packed weights meet activations of 8 bits in prompts, too."""
+        """Whether packed weights meet 8-bit activations in prompts, too."""
         return self.native_products and ops.prefill_units() == PrefillUnits.VECTORS
 
     @cached_property
@@ -87,16 +88,16 @@ class NativeOperations:
 
     @cached_property
     def fp32_activations(self) -> bool:
-        """Whether prompts pass in float32 though the weights are bfloat16: where that is
-        multiplied faster. Decoding does so anyway."""
+        """Whether prompts pass in float32 although the weights are bfloat16: where that is
+        multiplied faster. Decoding always does so."""
         if self.dtype != torch.bfloat16 or bfloat16_is_faster() or self.native_products:
             return False
         return not any(type(part) is nn.Linear for part in self._linears)
 
     @cached_property
     def _any_size(self) -> bool:
-        """Whether a prompt's products take any number of rows as it is: in float32, and where all
-        are a kernel of ours."""
+        """Whether a prompt's products take any number of rows: in float32, and where all are our
+        kernels."""
         branches = range(len(self._has_products))
         if self.fp32_activations or all(map(self._multiplies, branches)):
             return True
@@ -104,11 +105,11 @@ class NativeOperations:
 
     @property
     def even(self) -> int:
-        """One where products take any number of rows."""
+        """1 where products take any number of rows."""
         return 1 if self._any_size else EVEN
 
     def sizes(self, count: int) -> list[int]:
-        """Equal parts where products take any number of rows, few sizes else."""
+        """Equal parts where products take any number of rows, otherwise few sizes."""
         return equal_sizes(count) if self._any_size else few_sizes(count)
 
     def _multiplies(self, branch: int) -> bool:
@@ -126,8 +127,8 @@ class NativeOperations:
         batch: Batch,
         threshold: float | Tensor | None,
     ) -> int | None:
-        """One native call, where the kernels have all products, thresholds are those of all rows,
-        and skipped tokens have keys and values of their own."""
+        """One native call, where the kernels have all products, all rows have the same thresholds,
+        and skipped tokens get projected keys and values."""
         if hidden.dtype != torch.bfloat16 or not self._multiplies(branch.index):
             return None
         count = batch.slots.numel()
@@ -162,8 +163,8 @@ class NativeOperations:
         entry: Entry | None,
     ) -> int | None:
         """hidden [B, S, H], bfloat16, += an attention branch, whose keys and values [B, kv_heads,
-        T, D] of all tokens go into the cache. None where that is not one call: the cache is in 8
-        bits, or comes around."""
+        T, D] of all tokens go into the cache. None where that cannot be one call: the cache is in 8
+        bits, or reuses slots."""
         layer, number = self.model.layer[branch.layer], branch.layer
         slots, stores = cache.slots[number], (cache.keys[number], cache.values[number])
         whole = place.together is not None and place.rows is None and place.used <= slots
@@ -182,7 +183,7 @@ class NativeOperations:
 
     @contextmanager
     def entering(self, branch: Branch, tokens: int) -> Iterator[None]:
-        """Where several parts of `tokens` enter in float32, the weights are converted once."""
+        """Where several parts of `tokens` enter in float32, convert the weights once."""
         with ExitStack() as stack:
             again = self.fp32_activations and len(equal_sizes(tokens)) > 1
             for part in branch.module.modules() if again else ():
@@ -194,7 +195,7 @@ class NativeOperations:
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The norm of hidden states [..., H] in their own type, and the gate's logits [...], if
-        there is a gate, in one native pass. The next call writes over the first."""
+        there is a gate, in one native pass. The next call overwrites the first."""
         layer = self.model.layer[branch.layer]
         norm, gate, bias = (
             (layer.norm_mlp, layer.weight_mlp, layer.bias_mlp)
@@ -207,7 +208,8 @@ class NativeOperations:
         return out, logits
 
     def leave(self, branch: Branch, output: Tensor) -> Tensor:
-        """What a branch adds, of its output [..., H]: the norm after it, if there is one."""
+        """The term that a branch adds, from its output [..., H]: the norm after it, if there is
+        one."""
         layer = self.model.layer[branch.layer]
         norm = layer.after_mlp if branch.kind == "mlp" else layer.after_attention
         if not norm.weight:
@@ -234,8 +236,8 @@ class NativeOperations:
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """An MLP's output for x [N, H]: one native call where the kernels have all products; else
-        torch's with a native activation between them."""
+        """An MLP's output for x [N, H]: one native call where the kernels have all products;
+        otherwise torch's with a native activation between them."""
         if self._multiplies(branch.index):
             layer = self.model.layer[branch.layer]
             return self.leave(branch, ops.prefill_mlp(layer, x.contiguous()))
@@ -266,9 +268,10 @@ class NativeOperations:
     # -- attention -------------------------------------------------------------------------------
 
     def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
-        """In bfloat16 one native call; else torch's products with a native softmax between them."""
+        """In bfloat16 one native call; otherwise torch's products with a native softmax between
+        them."""
         shape, kv, rows = self.shapes[branch.index], seen.kv, seen.rows
-        packed: list[Tensor] = []  # keys and values as the kernel reads them, made once a branch
+        packed: list[Tensor] = []  # keys and values as the kernel reads them, made once per branch
 
         def attend(queries: Tensor, counts: Sequence[int], slots: Tensor) -> Tensor:
             if rows is not None or not self.attends(queries, shape):
@@ -285,8 +288,8 @@ class NativeOperations:
         return fits and shape.head_dim % CHANNELS == 0
 
     def pack(self, kv: tuple[Tensor, Tensor], used: int) -> Tensor:
-        """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them. The
-        next call writes over it."""
+        """Keys and values [B, kv_heads, T, D] of the first `used` slots in the layout that `attend`
+        reads. The next call overwrites it."""
         batch, kv_heads, _, width = kv[0].shape
         used += -used % SLOTS_PER_PACK
         packed = self._buffers.take("packed", (batch * kv_heads, 2, used, width), kv[0].dtype)
@@ -301,15 +304,15 @@ class NativeOperations:
         packed: Tensor,
         shape: AttentionShape,
     ) -> Tensor:
-        """What attention.attend_rows gives, in one call that computes scores in registers.
+        """The result of attention.attend_rows, in one call that computes scores in registers.
 
-        `packed` is what `pack` made of keys and values, up to the last of the slots at least.
+        `packed` is the result of `pack` for keys and values, up to the last of the slots at least.
         """
         sizes = (shape.kv_heads, shape.window, shape.scaling, shape.softcap)
         return ops.attend(queries.contiguous(), counts, slots, packed, *sizes).flatten(1)
 
     def _softmax(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
-        """attention.causal_softmax, in place where the kernel takes as many keys."""
+        """attention.causal_softmax, in place where the kernel takes that number of keys."""
         if scores.shape[2] % 8:
             return causal_softmax(scores, slots, begin, shape)
         group = shape.heads // shape.kv_heads
@@ -320,7 +323,7 @@ class NativeOperations:
     # -- adding to hidden states -----------------------------------------------------------------
 
     def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
-        """hidden [..., H] at flat places [N], none twice, += added [N, H], in place."""
+        """hidden [..., H] at distinct flat places [N] += added [N, H], in place."""
         ops.add_rows(hidden, places, added.to(hidden.dtype).contiguous())
 
     def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
@@ -330,14 +333,14 @@ class NativeOperations:
 
 
 def equal_sizes(count: int) -> list[int]:
-    """As many equal parts as keep what lies between an MLP's products small."""
+    """Equal parts, as many as keep the intermediate results of an MLP small."""
     parts = max(1, -(-count // (TOGETHER + TOGETHER // 2)))
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def _multiplies(layer: Layer, mlp: bool, units: PrefillUnits) -> bool:
-    """Whether some units multiply all weights of a layer's branch: those of whole matrices packed
-    ones and whole blocks of bfloat16, vectors what meets activations of 8 bits."""
+    """Whether some units multiply all weights of a layer's branch: those for whole matrices take
+    packed ones and whole blocks of bfloat16, vectors those with 8-bit activations."""
     names = ("gate", "up", "down") if mlp else FIELDS.values()
     matrices = [getattr(layer, name) for name in names]
 

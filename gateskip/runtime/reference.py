@@ -1,7 +1,7 @@
 """The backend `reference`: torch, whole sequences, no KV cache.
 
 Every call computes all tokens of its rows from the first one on, through the differentiable pass of
-model/reference.py. It is slow and simple: what the other backends are held to.
+model/reference.py. It is slow and simple: tests compare the other backends with it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ from gateskip.model.reference import masked_forward
 from gateskip.quantization.formats import weight_format
 from gateskip.runtime.backend import (
     Arithmetic,
+    Backend,
     BackendName,
     PassThresholds,
-    SampledTokens,
-    SampleRequest,
-    argmax_after,
     dtype_name,
-    sample_one,
 )
 from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
@@ -37,13 +34,13 @@ TOKEN_BYTES = 8
 
 @dataclass
 class TokenCache:
-    """The tokens of every row so far, and the thresholds that each was computed at: all that
+    """The tokens of every row so far, and the thresholds at which each was computed: all that
     recomputing needs."""
 
     tokens: list[list[int]]
     capacity: int
     thresholds: list[list[Tensor | None]] = field(default_factory=list)
-    """[branches] of each token of each row; None is full compute."""
+    """Thresholds [branches] of each token of each row; None is full compute."""
     drift: Tensor | None = None
     """See `budget_control.Tracked`."""
 
@@ -63,11 +60,11 @@ class TokenCache:
         return type(self)(tokens, self.capacity, thresholds, drift)
 
     def nbytes(self) -> int:
-        """Memory that the tokens take at most, in bytes."""
+        """Most memory that the tokens take, in bytes."""
         return TOKEN_BYTES * self.capacity * len(self.tokens)
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend[TokenCache]):
     """See `Backend`."""
 
     name: BackendName = "reference"
@@ -87,14 +84,14 @@ class ReferenceBackend:
         return Arithmetic(self.name, weight_format(self.model), dtype_name(self.dtype), "float32")
 
     def new_cache(self, batch: int, capacity: int) -> TokenCache:
-        """No tokens yet.
+        """A cache without tokens.
 
         Raises ValueError where the model has fewer positions, UnsupportedModel for keys and values
-        in 8 bits: there are none.
+        in 8 bits: this backend stores none.
         """
         if self.kv_cache != "model":
             raise UnsupportedModel(
-                "the reference backend keeps no keys and values: kv_cache: model"
+                "the reference backend stores no keys and values: use kv_cache: model"
             )
         limit = self.model.config.max_position_embeddings
         if capacity > limit:
@@ -102,7 +99,7 @@ class ReferenceBackend:
         return TokenCache([[] for _ in range(batch)], capacity)
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
-        """What `new_cache` takes, in bytes."""
+        """The size of `new_cache`'s result, in bytes."""
         return TOKEN_BYTES * batch * capacity
 
     def prefill(
@@ -135,23 +132,6 @@ class ReferenceBackend:
     ) -> Tensor:
         """See `Backend.decode`."""
         return torch.cat(self._rows(tokens, cache, rows, starts, thresholds))
-
-    def argmax(
-        self,
-        tokens: Sequence[Sequence[int]],
-        cache: TokenCache,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        thresholds: PassThresholds = None,
-    ) -> tuple[list[list[int]], Tensor]:
-        """See `Backend.argmax`."""
-        return argmax_after(self, tokens, cache, rows, starts, thresholds)
-
-    def sample(
-        self, request: SampleRequest, place: tuple[TokenCache, int, int], thresholds: PassThresholds
-    ) -> SampledTokens:
-        """See `Backend.sample`."""
-        return sample_one(self, request, place, thresholds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Backend.logits`."""
@@ -189,8 +169,8 @@ class ReferenceBackend:
         return states_of_rows
 
     def _row(self, cache: TokenCache, row: int, start: int) -> tuple[Tensor, Tensor]:
-        """States [n, H] of a row's tokens from position `start` on, and what they entered, bool
-        [n, branches]."""
+        """States [n, H] of a row's tokens from position `start` on, and the branches that they
+        entered, bool [n, branches]."""
         ids, limits = cache.tokens[row], cache.thresholds[row]
         count, branches = len(ids) - start, len(self.branches)
         entered = torch.ones(len(ids), branches, dtype=torch.bool, device=self.device)

@@ -38,8 +38,8 @@ from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.reference import ReferenceBackend
 
 Limits = Thresholds | BudgetControl
-"""What decides which tokens enter a branch: thresholds, one a branch; per-row budget control, by
-thresholds of each row's own; or None, full compute."""
+"""Limits that decide which tokens enter a branch: thresholds, one per branch; per-row budget
+control, with separate thresholds for each row; or None, full compute."""
 
 
 def is_full(limits: Limits) -> bool:
@@ -86,7 +86,7 @@ class SkippingModel:
     """A causal LM whose branches can be skipped, with a cache.
 
     `model` is a transformers causal LM of a supported architecture, `gates` its gates or None.
-    Thresholds are one number a branch: a token enters where its gate's logit reaches it. Without
+    Thresholds are one number per branch: a token enters where its gate's logit reaches it. Without
     thresholds every token enters every branch, unscaled, so the result is the model's own.
     `row_decoder` is the backend, if it draws and drafts tokens itself.
     """
@@ -99,7 +99,7 @@ class SkippingModel:
         backend: BackendName = "gathered",
         rounded: bool = True,
     ) -> None:
-        """Raises ValueError for an unknown name, UnsupportedModel for what cannot be run."""
+        """Raises ValueError for an unknown name, UnsupportedModel for models that cannot run."""
         if kv_rule not in KV_RULES:
             raise ValueError(f"kv_rule {kv_rule!r}: one of {', '.join(KV_RULES)}")
         self.model, self.gates, self.kv_rule = model, gates, kv_rule
@@ -129,7 +129,7 @@ class SkippingModel:
 
     @property
     def kv_cache(self) -> KVFormat:
-        """How caches made from now on keep keys and values."""
+        """Format of keys and values in caches made from now on."""
         return self.backend.kv_cache
 
     @kv_cache.setter
@@ -154,8 +154,7 @@ class SkippingModel:
         return self.backend.engine if isinstance(self.backend, NativeBackend) else None
 
     def limits(self, budgets: Budgets, budget: float, per_row: bool = False) -> Limits:
-        """What keeps one of some calibrated budgets, in each row where that is asked for; None for
-        full compute.
+        """Limits that keep a calibrated budget, for each row with `per_row`; None for full compute.
 
         Raises ValueError where there are no gates, or the budget was not calibrated.
         """
@@ -179,7 +178,7 @@ class SkippingModel:
         return cache
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
-        """What `new_cache` takes, in bytes."""
+        """The size of `new_cache`'s result, in bytes."""
         return self.backend.cache_bytes(batch, capacity)
 
     @torch.inference_mode()
@@ -192,7 +191,7 @@ class SkippingModel:
         lengths: Sequence[int] | None = None,
         full_from: Sequence[int] | None = None,
     ) -> Tensor:
-        """Prompts, and what is scored: input_ids [B, S] -> final states [B, S, H].
+        """Prefill of prompts, and of scored text: input_ids [B, S] -> final states [B, S, H].
 
         See `Backend.prefill`. Budget control takes passes of at most one of its blocks, and has no
         tokens at full compute.
@@ -244,8 +243,8 @@ class SkippingModel:
     def sample(
         self, request: SampleRequest, place: tuple[Cache, int, int], thresholds: Limits
     ) -> SampledTokens:
-        """One token or more that follow each other in a row: see `Backend.sample`. Budget control
-        takes calls of at most one of its blocks."""
+        """One or more next tokens of a row: see `Backend.sample`. Budget control takes calls of at
+        most one of its blocks."""
         if isinstance(thresholds, BudgetControl):
             return self._control_sample(request, place, thresholds)
         sampled = self.backend.sample(request, place, thresholds)
@@ -253,11 +252,12 @@ class SkippingModel:
         return sampled
 
     def draws(self, sampling: Sampling | None) -> bool:
-        """Whether `sample` draws tokens like this; None stands for what it does not know."""
+        """Whether `sample` draws tokens with these settings; None stands for settings that it does
+        not know."""
         return self.row_decoder is not None and sampling is not None
 
     def speculates(self, thresholds: Limits) -> bool:
-        """Whether `speculate` can be asked."""
+        """Whether `speculate` is available."""
         return self.row_decoder is not None and not isinstance(thresholds, BudgetControl)
 
     @torch.inference_mode()
@@ -279,7 +279,7 @@ class SkippingModel:
         return rounds, state
 
     def _count_full(self, thresholds: Thresholds, tokens: int) -> None:
-        """Count tokens of which no gate is asked; gates that scale are asked even then."""
+        """Count tokens that use no gate; gates that scale are evaluated even then."""
         scaled = self.gated or thresholds is not None  # as every backend asks gates that scale
         scales = self.gates is not None and self.gates.scales and scaled
         if not scales and is_full(thresholds):
@@ -297,8 +297,8 @@ class SkippingModel:
     ) -> Tensor:
         """As `forward`, in passes that end where any row comes to a new block.
 
-        Narrow blocks pass as in decoding, where few tokens take less than half as long in `native`;
-        a block is narrow by its place alone, so a row's path does not depend on others or chunks.
+        Narrow blocks pass as in decoding, where few tokens take less than half as long in `native`.
+        A block is narrow by its place only, so a row's path does not depend on others or on chunks.
         """
         batch, columns = input_ids.shape
         counts = [columns] * batch if lengths is None else list(lengths)

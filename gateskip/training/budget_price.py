@@ -17,12 +17,12 @@ class BudgetPrice:
     Under a budget the threshold follows the logits, so raising all of them changes nothing. Almost
     every token gains by entering almost every branch, so that common rise is most of a gate's
     gradient, and it hides the part that ranks branches and tokens. Every entered branch therefore
-    pays its multiply-adds. The price is the one at which the loss, compute included, is indifferent
-    to a common shift of the logits: minus the loss's gradient under the shift, over that of the
-    compute. It is measured in each step.
+    pays its multiply-adds. The price is the one at which the loss, compute included, does not
+    change with a common shift of the logits: minus the loss's gradient under the shift, over that
+    of the compute. It is measured in each step.
 
-    One step: `add_cost` before, and `add_loss` after, the backward pass of each part; then
-    `apply`.
+    For each step, call `add_cost` before, and `add_loss` after, the backward pass of each part;
+    then `apply`.
     """
 
     def __init__(self, parameters: Sequence[Tensor], parts: int = 1) -> None:
@@ -46,12 +46,12 @@ class BudgetPrice:
         self.cost_gradients = [a + b / self.parts for a, b in zip(before, gradients, strict=True)]
 
     def add_loss(self, rule: TrainMask) -> None:
-        """Add the loss's gradient in the shift, which the backward pass left in the rule."""
+        """Add the loss's gradient under the shift, which the backward pass left in the rule."""
         if rule.shift.grad is not None:
             self.loss_shift = self.loss_shift.to(rule.shift.grad) + rule.shift.grad
 
     def apply(self, accelerator: Any) -> None:
-        """Add price times cost to the parameters' gradients, which hold those of all processes."""
+        """Add price times cost to the parameters' gradients, which are those of all processes."""
         if not self.cost_gradients:
             return
         shifts = torch.stack([self.loss_shift, self.cost_shift])

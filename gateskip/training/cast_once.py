@@ -1,7 +1,7 @@
-"""Weights that do not train, cast once to the precision that autocast casts them to at every use.
+"""Casts weights that do not train once to the precision to which autocast casts them at every use.
 
 Autocast caches a cast weight within a pass only where the weight gets a gradient. It casts a frozen
-backbone, and a teacher's, anew in every pass, and an LM head for every chunk of tokens.
+backbone, and a teacher's, again in every pass, and an LM head for every chunk of tokens.
 """
 
 from __future__ import annotations

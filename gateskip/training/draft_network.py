@@ -1,6 +1,6 @@
-"""Training of the draft network: its states learn to predict what the model's own states predict.
+"""Trains the draft network: its states learn to predict what the model's own states predict.
 
-As in drafting, the network reads its own states: it is unrolled from the model's state before a
+As in drafting, the network reads its own states. It is unrolled from the model's state before a
 token over the next tokens of the text, and each state is compared with the model's there.
 """
 

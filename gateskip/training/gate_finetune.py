@@ -1,7 +1,7 @@
 """Gate fine-tuning: gates, and optionally the backbone, learn under masks as at inference.
 
-The paper trains with cross-entropy and an L2 pull on gates that scale (arXiv 2510.13876, equation
-3). Here the target is the dense model's own distribution by default: the signal is denser, needs no
+The paper trains gates that scale, with cross-entropy and an L2 penalty (arXiv 2510.13876, equation
+3). Here the default target is the dense model's distribution: the signal is denser, needs no
 labels, and raises draft acceptance. The mask is 0 or 1 as at inference. A straight-through
 estimator lets gradients reach the gates. The budget of each step is drawn between 1 and a falling
 bound, so the ranking is learned before it is used.
@@ -72,11 +72,11 @@ def train_gates(
     if config.on_policy is not None and config.loss == "cross-entropy":
         raise ValueError("on_policy learns from a teacher: it needs loss: distill or both")
     if config.reading and config.on_policy is not None:
-        raise ValueError("reading learns from given answers: leave on_policy out")
+        raise ValueError("reading trains on answers of the text: leave on_policy out")
     if config.reading and gates.prompt_sensitivity is None:
         raise ValueError("reading needs gates.prompt_sensitivity: see calibration.reading")
     if teacher is None and config.backbone != "frozen" and config.loss != "cross-entropy":
-        raise ValueError("a trained backbone needs the dense model as a teacher of its own")
+        raise ValueError("a trained backbone needs the dense model as teacher")
     fsdp_requested()  # before accelerate looks
     accelerator = Accelerator(
         cpu=training_device().type == "cpu",
@@ -284,8 +284,9 @@ class _Session(Loop):
     def _of_rows(
         self, block: Tensor, common: Tensor, budget: float, cut: int | None = None
     ) -> Tensor:
-        """Thresholds of a pass over block [B, S]: the `common` ones [branches], or with a ranking
-        by rows [branches, B], each row's by the logits of a pass before under the common ones."""
+        """Thresholds of a pass over block [B, S]: the `common` ones [branches]; or, with a ranking
+        by rows, [branches, B], each row's from the logits of an earlier pass under the common ones.
+        """
         if self.config.ranking != "rows":
             return common
         of_rows = self._logits(block, common, cut).view(len(common), len(block), -1)
@@ -311,9 +312,9 @@ class _Session(Loop):
         return thresholds.to(self.costs.device)
 
     def _correct(self, budget: float, kept_share: float) -> None:
-        """Feedback on the kept share: the window's logits come from other budgets, and gates move,
-        so a threshold read off them keeps another share than the budget. The error is corrected in
-        the next steps."""
+        """Feedback on the kept share. The window's logits come from other budgets, and gates move,
+        so a threshold read off them keeps another share than the budget. The next steps correct the
+        error."""
         if budget < 0.97 and kept_share < 1.0:
             self.drift += GAIN * (math.log(1 - budget) - math.log(1 - kept_share))
             self.drift = min(MAX_DRIFT, max(-MAX_DRIFT, self.drift))
@@ -325,7 +326,7 @@ class _Session(Loop):
         self.window = [*self.window[1 - WINDOW :], flat]
 
     def _rank(self, block: Tensor) -> None:
-        """Fill the window by a pass that skips nothing."""
+        """Fill the window by a pass without skipping."""
         self._remember(self._logits(block, torch.full((self.gates.branches,), -torch.inf)))
 
     def _validate(self, blocks: Tensor) -> dict[str, float]:

@@ -1,10 +1,10 @@
-"""Integer grids that learn: their scales and minima, and their codes as well.
+"""Integer grids that learn: their scales and minima, and optionally their codes.
 
-Codes are trained as quantization-aware training does: each weight has a place on its group's grid,
-a real number that is rounded in the forward pass, and the gradient passes the rounding as if it was
-not there (straight-through, arXiv 1308.3432). Scales and minima learn at the same time (arXiv
-1902.08153), and the dense model's predictions are the target (arXiv 2305.17888). A group's codes,
-scale and minimum are stored as before: format, size and speed of the checkpoint do not change.
+Codes are trained as in quantization-aware training: each weight has a position on its group's grid,
+a real number that is rounded in the forward pass, and the gradient passes the rounding unchanged
+(straight-through, arXiv 1308.3432). Scales and minima learn at the same time (arXiv 1902.08153),
+and the dense model's predictions are the target (arXiv 2305.17888). A group's codes, scale and
+minimum are stored as before: format, size and speed of the checkpoint do not change.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale, pack_bits
 
 WITHIN = 0.3
-"""The largest distance, in steps of the grid, of a weight's first place from its code. At half a
+"""The largest distance, in steps of the grid, of a weight's first position from its code. At half a
 step the noise of the first gradients alone would change codes: KL 0.108 became 0.185 in 25 steps.
 """
 
 PLACE_RATE = 6.0
-"""The learning rate of places over that of scales: a hundred steps at 1e-3 carry a place, whose
-gradient always points one way, across a third of a step."""
+"""The learning rate of positions over that of scales: a hundred steps at 1e-3 move a position,
+whose gradient always points the same way, by a third of a step."""
 
 
 class ScaledGrid(nn.Module):
@@ -85,12 +85,13 @@ class ScaledGrid(nn.Module):
 class LearnedGrid(ScaledGrid):
     """A layer on an integer grid that learns its codes, too.
 
-    It begins with the grid's codes. A weight's place is that of the dense weight, or as near to it
-    as its code allows, so that weights between two codes change first.
+    It begins with the grid's codes. A weight's position is that of the dense weight, or as near to
+    it as its code allows, so that weights between two codes change first.
     """
 
     def __init__(self, grid: Grid, bias: Tensor | None, dense: Tensor | None = None) -> None:
-        """`dense` [out, in] are the weights that were rounded; None starts places at the codes."""
+        """`dense` [out, in] are the weights that were rounded; with None positions start at the
+        codes."""
         super().__init__(grid, bias)
         codes = self.codes.float()
         within = torch.zeros_like(codes)
@@ -114,8 +115,8 @@ class LearnedGrid(ScaledGrid):
 
 
 class _Rounded(torch.autograd.Function):
-    """Weights [out, G, group] of places on a grid. A place gets the gradient of its weight for one
-    step of the grid, unless it lies beyond the grid's ends."""
+    """Weights [out, G, group] from positions on a grid. A position gets the gradient of its weight
+    for one step of the grid, unless it is beyond the grid's ends."""
 
     @staticmethod
     def forward(

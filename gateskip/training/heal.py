@@ -66,7 +66,8 @@ def heal(
 
 
 def best_row(curve: Iterable[Row]) -> Row | None:
-    """The validated row with the least loss, the first of equals; None where none was validated."""
+    """The validated row with the lowest loss, the first of equals; None where none was
+    validated."""
     return min((row for row in curve if "valid" in row), key=lambda row: row["valid"], default=None)
 
 
@@ -114,7 +115,7 @@ class _Healing(Loop):
             self.curve.append(self._validated({"step": 0.0}, self.held_out))
 
     def finished(self) -> bool:
-        """Whether all steps are done, or `patience` validations brought nothing."""
+        """Whether all steps are done, or `patience` validations brought no improvement."""
         return super().finished() or worn_out(self.curve, self.config.patience)
 
     def advance(self) -> Row:
@@ -187,7 +188,7 @@ class _Healing(Loop):
         return row
 
     def keep_best(self) -> None:
-        """Go back to the weights of the best validation."""
+        """Restore the weights of the best validation."""
         if self.best:
             self.put_back(self.best)
 
@@ -196,6 +197,6 @@ class _Healing(Loop):
         return super().state() | {"best": whole(self.best)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set all that `state` returned."""
+        """Restore the result of `state`."""
         super().restore(state)
         self.best = state["best"]

@@ -4,8 +4,8 @@ A fine-tune defines one step (`advance`) and the state that it adds to a checkpo
 that was killed resumes from its last checkpoint, which is written atomically.
 
 Several processes (`accelerate launch`) train one model: each reads other blocks of a step, and
-gradients are averaged. By default each holds everything (DDP); with `--use_fsdp` the trained
-weights are sharded (sharding.py).
+gradients are averaged. By default each process holds the whole model (DDP); with `--use_fsdp` the
+trained weights are sharded (sharding.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ CHECKPOINT = "training.pt"
 
 
 def precision(setting: str) -> str:
-    """Mixed precision as accelerate names it. `auto` is bf16 where that is faster, else `no`."""
+    """Mixed precision, by accelerate's names. `auto` is bf16 where that is faster, otherwise
+    `no`."""
     if setting != "auto":
         return setting
     return "bf16" if is_fast_in_bfloat16(training_device().type) else "no"
@@ -47,9 +48,9 @@ def training_device() -> torch.device:
 
 
 def refuse_cpu_layers(model: nn.Module, device: torch.device) -> None:
-    """Refuse to move layers to a device that their kernels cannot compute on.
+    """Refuse to move layers to a device on which their kernels cannot compute.
 
-    Raises ValueError, naming the first such layer, where `device` is no CPU.
+    Raises ValueError, naming the first such layer, where `device` is not a CPU.
     """
     if device.type == "cpu":
         return
@@ -95,7 +96,7 @@ def adapt(model: Any, config: LoopConfig, dense: Any | None = None) -> Any | Non
 class Loop:
     """The state of one fine-tune, and its steps until they are done.
 
-    The learning rates follow a schedule of our own: transformers' linear and cosine schedules with
+    The learning-rate schedule is this project's own: transformers' linear and cosine schedules with
     warm-up begin at a rate of 0 or shift the decay by one step, and only the cosine one can end at
     a tenth. Their values would change the result of every stored step.
     """
@@ -168,7 +169,7 @@ class Loop:
             self.shards.collect()
 
     def begin(self) -> None:
-        """Work that is done once, before the first step."""
+        """Work before the first step."""
 
     def advance(self) -> Row:
         """One optimizer step; its row of the curve."""
@@ -176,7 +177,7 @@ class Loop:
 
     def writer(self, draw: float) -> Write:
         """A function that continues prompts with the model as it is now. `draw`, uniform in [0, 1),
-        chooses the way to decode where there are several."""
+        chooses the decode settings where there are several."""
         raise NotImplementedError
 
     def finished(self) -> bool:
@@ -184,7 +185,7 @@ class Loop:
         return self.step >= self.config.steps
 
     def run(self, work: Path | None, progress: Progress | None) -> list[Row]:
-        """Step until finished, from the last checkpoint in `work` on; returns the curve."""
+        """Step until finished, starting from the last checkpoint in `work`; returns the curve."""
         self.resume(work)
         if not self.curve:
             self.begin()
@@ -206,7 +207,7 @@ class Loop:
         return self.curve
 
     def _rates(self) -> Row:
-        """The learning rate of each group of parameters, as a curve names them."""
+        """The learning rate of each group of parameters, by its name in a curve."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return dict(zip(("lr", "backbone_lr"), rates, strict=False))
 
@@ -239,7 +240,7 @@ class Loop:
     def distance(
         self, student: Tensor, teacher: Tensor, temperature: float, on_policy: bool
     ) -> Tensor:
-        """Mean divergence of the student's logits [N, V] from the teacher's: that of distillation,
+        """Mean divergence of the student's logits [N, V] from the teacher's: that of distillation;
         or with `on_policy`, on text that the student wrote, the one that the config names."""
         policy = self.config.on_policy
         if policy is None or not on_policy:
@@ -266,7 +267,7 @@ class Loop:
     # -- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on: tensors and plain values."""
+        """Everything that the next step depends on: tensors and plain values."""
         return {
             "step": self.step,
             "curve": self.curve,
@@ -277,7 +278,7 @@ class Loop:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set all that `state` returned."""
+        """Restore the result of `state`."""
         self.step, self.curve = state["step"], state["curve"]
         self.put_back(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])

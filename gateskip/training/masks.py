@@ -13,17 +13,17 @@ from gateskip.model.gating import ANCHORS
 
 
 class TrainMask:
-    """Mask rule of one training step, by one threshold a branch, or one for each row of it.
+    """Mask rule of one training step, by one threshold per branch, or one for each row of it.
 
     `straight-through`: 0 or 1 as at inference, with the gradient of a sigmoid in the backward pass.
     `soft`: that sigmoid itself, so the model sees fractions. `hard`: 0 or 1 and no gradient, as
-    published; gates then learn through what they scale.
+    published; gates then learn only by scaling.
 
     `thresholds` are [branches] or [branches, B]. `costs` [branches] count towards the kept `share`;
     `prices` [branches] are the net saving of a skipped token, and `paid` is their differentiable
-    sum over entered branches. Tokens from position `cut` on enter all branches and count nowhere.
-    `shift` is a zero that is added to every gate logit: its gradient is
-    that of the loss in a common rise of all.
+    sum over entered branches. Tokens from position `cut` on enter all branches and do not count.
+    `shift` is a zero that is added to every gate logit: its gradient is that of the loss under a
+    common rise of all.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TrainMask:
         self.paid = torch.zeros((), device=costs.device)
 
     def __call__(self, branch: Branch, z: Tensor) -> Tensor:
-        """Gate logits [B, S] -> mask [B, S]; branches that are not `free` never skip."""
+        """Gate logits [B, S] -> mask [B, S]; tokens never skip branches that are not `free`."""
         self.logits.append(z.detach()[:, ANCHORS : self.cut].flatten())
         free = self.free[branch.index]
         if free and self.form != "hard":

@@ -1,4 +1,4 @@
-"""Losses of the fine-tunes: distillation, cross-entropy, hidden states, and pulls on the gates.
+"""Losses of the fine-tunes: distillation, cross-entropy, hidden states, and penalties on the gates.
 
 All are plain functions of tensors. Logits are computed a few rows at a time.
 """
@@ -127,9 +127,9 @@ def _with_rest(log_probs: Tensor, top: Tensor) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, following: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [N, V] at the tokens that follow [N], in nats a token.
+    """Mean cross-entropy of logits [N, V] at the next tokens [N], in nats a token.
 
-    A following token of -100 does not count.
+    A next token of -100 does not count.
     """
     return F.cross_entropy(logits.float(), following)
 
@@ -144,7 +144,7 @@ def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def l1(gates: Tensor, budget: float) -> Tensor:
-    """Mean gate [...] -> scalar; the budget does not matter."""
+    """Mean gate [...] -> scalar; the budget has no effect."""
     return gates.mean()
 
 
@@ -154,7 +154,8 @@ def l2(gates: Tensor, budget: float) -> Tensor:
 
 
 def bernoulli_kl(gates: Tensor, budget: float) -> Tensor:
-    """KL between two Bernoulli distributions: with the budget, and with the mean gate, as mean."""
+    """KL between two Bernoulli distributions, one with the budget as mean, the other with the mean
+    gate."""
     share = torch.tensor(budget, device=gates.device).clamp(1e-4, 1 - 1e-4)
     mean = gates.mean().clamp(1e-6, 1 - 1e-6)
     return share * (share / mean).log() + (1 - share) * ((1 - share) / (1 - mean)).log()

@@ -1,9 +1,9 @@
-"""Rollouts: text that the student writes itself, on which its teacher corrects it.
+"""Rollouts: text that the student writes and its teacher corrects.
 
 A student that only reads other text never sees the consequences of its own mistakes. A teacher's
 distribution on the student's text teaches it to continue from there (arXiv 2306.13649). A rollout
-is a block of training text whose last tokens the student has written anew. Blocks are written in
-groups, which are shared out over processes; all processes get all blocks.
+is a block of training text whose last tokens the student has written. Blocks are written in groups,
+which are shared out over processes; all processes get all blocks.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Write = Callable[[list[list[int]], int, Sampler, int], list[list[int]]]
 
 
 class Rollouts:
-    """The student's own blocks of one stretch of steps, and which passes read them."""
+    """The blocks that the student wrote for one stretch of steps, and the passes that read them."""
 
     def __init__(
         self, policy: OnPolicy, passes: LoopConfig, blocks: Tensor, accelerator: Accelerator
     ) -> None:
         """Blocks [N, S] of training text.
 
-        Raises ValueError where a block is no longer than the tokens to be written at its end.
+        Raises ValueError where a block is not longer than the tokens to be written at its end.
         """
         if policy.tokens >= blocks.shape[1]:
             raise ValueError(
                 f"on_policy writes {policy.tokens} tokens at the end of blocks of"
-                f" {blocks.shape[1]}: nothing is left to go on from"
+                f" {blocks.shape[1]}: no text is left before them"
             )
         self.policy, self.passes, self.accelerator = policy, passes, accelerator
         self.texts = blocks
@@ -120,7 +120,7 @@ def rollout_writer(
 
 
 def runnable(model: Any, gates: Gates | None, kv_rule: str) -> SkippingModel:
-    """The model as its weights are now: on compiled kernels, where they can run it."""
+    """The model with its current weights, on compiled kernels where they can run it."""
     try:
         return SkippingModel(model, gates, kv_rule, "native")
     except UnsupportedModel:  # another device, or layers that only torch runs

@@ -2,8 +2,8 @@
 
 A packed weight is a code times a scale that a group of codes shares. The codes stay fixed and the
 scales are trained: one or two for every hundred weights (PEQA, arXiv 2305.14152, eq. 2). The codes
-of an integer grid can be trained, too (grids.py). Format, size and speed of the checkpoint stay as
-they are, so it loads wherever the packed model did. Norms, which are never packed, are trained too.
+of an integer grid can be trained, too (grids.py). Format, size and speed of the checkpoint do not
+change, so it loads wherever the packed model did. Norms, which are never packed, are trained too.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class ScaledLinear(nn.Module):
         self.gain = nn.Parameter(torch.ones(scale.shape, device=scale.device))
 
     def learned(self) -> Tensor:
-        """The scales [out, G] as they are now."""
+        """The current scales [out, G]."""
         return self.scale * self.gain
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to be stored anew, by name after the layer's."""
+        """The tensors to store, by name after the layer's."""
         return {self.key: self.learned()}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def norms(model: Any) -> Iterator[Tensor]:
 
 
 def places(model: Any) -> dict[int, Tensor]:
-    """Parameters of the places on grids whose codes learn, by the parameter's id()."""
+    """Parameters of the positions on grids whose codes learn, by the parameter's id()."""
     grids = (module for module in model.modules() if isinstance(module, LearnedGrid))
     return {id(grid.place): grid.place for grid in grids}
 
@@ -121,7 +121,7 @@ def save_scales(model: Any, source: Path, target: Path) -> None:
     """Write the packed folder `source` again into `target`, with the scales, codes and norms that
     `model` learned.
 
-    All other tensors, and the format of all, stay as they are.
+    All other tensors, and all formats, do not change.
     """
     learned = {f"{n}.{key}": t for n, m in _opened(model) for key, t in m.tensors().items()}
     norm_ids = {id(weight) for weight in norms(model)}
@@ -155,7 +155,7 @@ def _as_stored(learned: Tensor, stored: Tensor) -> Tensor:
 
 
 def _scaled(name: str, module: nn.Module) -> Opened | None:
-    """A packed layer of any kind with its scales opened; None for a layer that is not packed."""
+    """A packed layer of any kind whose scales learn; None for a layer that is not packed."""
     if isinstance(module, GridLinear):
         return ScaledGrid(module.grid(), module.bias)
     if hasattr(module, "qweight") and hasattr(module, "g_idx"):
@@ -167,23 +167,25 @@ def _scaled(name: str, module: nn.Module) -> Opened | None:
 
 
 def _learned(name: str, module: nn.Module, weights: dict[str, Tensor]) -> Opened | None:
-    """An integer grid with its codes opened; None for a layer that is not packed."""
+    """An integer grid whose codes learn; None for a layer that is not packed."""
     if isinstance(module, GridLinear):
         return LearnedGrid(module.grid(), module.bias, weights.get(f"{name}.weight"))
     if _scaled(name, module) is not None:
-        raise ValueError(f"{name} is no integer grid, and only the codes of those are trained")
+        raise ValueError(
+            f"{name} is not an integer grid, and only codes of integer grids are trained"
+        )
     return None
 
 
 def _from_gptq(module: Any) -> ScaledLinear:
-    """scales [G, out]; a column's group stands in g_idx."""
+    """scales [G, out]; g_idx has each column's group."""
     weight = gptq_weight(module).T[:, : module.in_features]
     groups = module.g_idx[: module.in_features].long()
     return ScaledLinear(weight, module.scales.T, groups, "scales", module.bias)
 
 
 def _from_four_bits(name: str, module: Any) -> ScaledLinear:
-    """One absolute maximum a block, blocks along a row."""
+    """One absolute maximum for each block, blocks along a row."""
     state = module.weight.quant_state
     if state.nested:
         raise ValueError(f"the scales of {name} are packed themselves (double quantization)")
@@ -194,7 +196,7 @@ def _from_four_bits(name: str, module: Any) -> ScaledLinear:
 
 
 def _from_int8(module: Any) -> ScaledLinear:
-    """One absolute maximum a row; the whole row is a group."""
+    """One absolute maximum for each row; the whole row is a group."""
     codes, scale = int8_parts(module)
     groups = torch.zeros(codes.shape[1], dtype=torch.long, device=codes.device)
     return ScaledLinear(codes * scale, 127 * scale, groups, "SCB", module.bias)

@@ -1,9 +1,9 @@
-"""FSDP2: weights, gradients and optimizer state of a training are sharded over processes.
+"""FSDP2: shards weights, gradients and optimizer state of a training over processes.
 
-accelerate shards on accelerators alone: on CPUs it accepts `--use_fsdp` and then copies everything
-to every process. So this module takes the request over and shards with torch's `fully_shard`, on
-any device. All that trains is one unit: its weights are gathered for a forward and backward pass,
-and between steps each process holds its shard of weights, gradients and AdamW's two moments.
+accelerate shards only on accelerators: on CPUs it accepts `--use_fsdp` and then copies everything
+to every process. So this module handles the request and shards with torch's `fully_shard`, on any
+device. All that trains is one unit: its weights are gathered for a forward and backward pass, and
+between steps each process holds its shard of weights, gradients and AdamW's two moments.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def fsdp_requested() -> bool:
 
 
 def refuse(config: LoopConfig, precision: str) -> None:
-    """Raises ValueError for settings under which sharding brings nothing or is not supported."""
+    """Raises ValueError for settings under which sharding saves nothing or is not supported."""
     if config.backbone == "frozen":
         raise ValueError(
-            "FSDP shares out weights that train, and with backbone: frozen only gates do: launch"
+            "FSDP shards trained weights, but backbone: frozen trains only gates: launch"
             " without --use_fsdp"
         )
     if config.backbone in PACKED:
         raise ValueError(
-            f"FSDP cannot share out packed weights, which backbone: {config.backbone} trains:"
+            f"FSDP cannot shard packed weights, which backbone: {config.backbone} trains:"
             " launch without --use_fsdp"
         )
     if precision == "fp16":
@@ -66,7 +66,7 @@ class Shards:
         """A parameter of the module, and the shard of it that this process trains."""
 
     def shard_of(self, parameter: Tensor) -> Tensor:
-        """The shard that trains in place of a parameter; the parameter itself without one."""
+        """The shard that trains in place of a parameter; the parameter itself where it has none."""
         return next((shard for original, shard in self.pairs if original is parameter), parameter)
 
     def collect(self) -> None:
@@ -87,7 +87,7 @@ def whole(value: Any) -> Any:
 
 
 def like(value: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor, sharded as `parameter` is."""
+    """A whole tensor, sharded in the same way as `parameter`."""
     if not _is_shard(parameter) or _is_shard(value):
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -1,8 +1,8 @@
-"""Thresholds calibrated where they are used: on text that the skipping model itself decodes.
+"""Calibrates thresholds where they are used: on text that the skipping model itself decodes.
 
 Gate logits on answers differ from those on prose, and those on a skipping model's text from those
 on the dense model's. So the model answers prompts at every budget, thresholds are calibrated on the
-answers' tokens, and with these it answers again: a fixed point of a few rounds.
+answers' tokens, and the model answers again with these: a fixed point after a few rounds.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def calibrate_written(
     beside the answers. `settings` are those of `calibrate`. Rounds end early once every budget
     keeps its share of the answers that are written at it.
 
-    Raises ValueError where answers end too soon to calibrate on.
+    Raises ValueError where answers are too short to calibrate on.
     """
     calibrated = first
     for number in range(rounds):

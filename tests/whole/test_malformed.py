@@ -85,21 +85,30 @@ def merge_bomb(levels: int) -> str:
 
 
 FILES: dict[str, tuple[str | bytes, str]] = {
-    "alias bomb": (bomb(8, 9), "holds more than 5000 values or 64 levels here"),
+    "alias bomb": (bomb(8, 9), "has more than 5000 values or 64 levels here"),
     "wide alias bomb": (bomb(3, 120), "more than 5000 values"),
     "merge bomb": (merge_bomb(9), "more than 5000 values"),
     "aliases one in another": (
         "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 200))]),
         "more than 5000 values or 64 levels",
     ),
-    "brackets": ("a: " + "[" * 3000, "p.yaml:1:67: more than 64 lists or mappings"),
-    "closed brackets": ("a: " + "[" * 3000 + "]" * 3000, "p.yaml:1:67: more than 64"),
-    "braces": ("a: " + "{a: " * 500, "more than 64 lists or mappings"),
-    "dashes": ("a:\n  " + "- " * 500 + "x", "more than 64 lists or mappings"),
-    "indents": ("\n".join(" " * n + "a:" for n in range(200)), "more than 64 lists or mappings"),
-    "brackets in a key": ("[" * 100 + ": 1", "p.yaml:1:65: more than 64"),
+    "brackets": (
+        "a: " + "[" * 3000,
+        "p.yaml:1:67: lists and mappings are nested more than 64 deep",
+    ),
+    "closed brackets": (
+        "a: " + "[" * 3000 + "]" * 3000,
+        "p.yaml:1:67: lists and mappings are nested more than 64 deep",
+    ),
+    "braces": ("a: " + "{a: " * 500, "lists and mappings are nested more than 64 deep"),
+    "dashes": ("a:\n  " + "- " * 500 + "x", "lists and mappings are nested more than 64 deep"),
+    "indents": (
+        "\n".join(" " * n + "a:" for n in range(200)),
+        "lists and mappings are nested more than 64 deep",
+    ),
+    "brackets in a key": ("[" * 100 + ": 1", "p.yaml:1:65: lists and mappings are nested"),
     "many values": (HEAD + "more_seeds: [" + "1," * 20_000 + "]", "more than 5000 values"),
-    "too long": (HEAD + "# " + "x" * (1 << 18), "more than 64 KiB"),
+    "too long": (HEAD + "# " + "x" * (1 << 18), "larger than 64 KiB"),
     "utf-16": (HEAD.encode("utf-16"), "p.yaml:1: the file is not UTF-8 text"),
     "latin-1": (HEAD.encode() + "# caf\xe9\n".encode("latin-1"), "p.yaml:4: the file is not UTF-8"),
     "cut in a character": (HEAD.encode() + b"# \xe2\x82", "p.yaml:4: the file is not UTF-8"),
@@ -107,41 +116,44 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "NUL": (b"schema: 1\nname: a\0b\n", "p.yaml:2:8: not YAML: unacceptable character U+0000"),
     "escape": (b"name: \x1b[31mred\n", "p.yaml:1:7: not YAML: unacceptable character U+001B"),
     "only NUL": (b"\0" * 100, "p.yaml:1:1: not YAML: unacceptable character U+0000"),
-    "written NUL": ('name: "a\\0b"\n', "p.yaml:1:7: this text holds the character U+0000"),
-    "written escape": ('name: "\\e[31m"\n', "p.yaml:1:7: this text holds the character U+001B"),
-    "half a pair": ('name: "\\ud800"\n', "p.yaml:1:7: this text holds the character U+D800"),
-    "NUL in a key": ('"a\\0": 1\n', "p.yaml:1:1: this text holds the character U+0000"),
+    "written NUL": ('name: "a\\0b"\n', "p.yaml:1:7: this text contains the character U+0000"),
+    "written escape": ('name: "\\e[31m"\n', "p.yaml:1:7: this text contains the character U+001B"),
+    "half a pair": ('name: "\\ud800"\n', "p.yaml:1:7: this text contains the character U+D800"),
+    "NUL in a key": ('"a\\0": 1\n', "p.yaml:1:1: this text contains the character U+0000"),
     "bell in a path": (
         'schema: 1\nname: x\nmodel: {source: "\\a"}\n',
-        "p.yaml:3:17: this text holds the character U+0007",
+        "p.yaml:3:17: this text contains the character U+0007",
     ),
     "a tab as indent": ("model:\n\tsource: x\n", "p.yaml:2:1: not YAML: found character"),
     "python object": ("a: !!python/object/apply:os.system [ls]\n", "p.yaml:1:4: the tag"),
     "python name": ("a: !!python/name:os.system\n", "the tag"),
-    "binary": ("a: !!binary aGVsbG8=\n", "the tag 'tag:yaml.org,2002:binary' means nothing here"),
-    "set": ("a: !!set {x, y}\n", "p.yaml:1:4: the tag 'tag:yaml.org,2002:set' means nothing"),
+    "binary": ("a: !!binary aGVsbG8=\n", "the tag 'tag:yaml.org,2002:binary' is not supported"),
+    "set": ("a: !!set {x, y}\n", "p.yaml:1:4: the tag 'tag:yaml.org,2002:set' is not supported"),
     "directive": ("%YAML 3.0\n---\na: 1\n", "p.yaml:1:"),
     "unclosed quote": ('name: "abc\n', "not YAML: "),
     "unclosed brace": ("model: {source: x\n", "not YAML: "),
     "two documents": ("a: 1\n---\nb: 2\n", "p.yaml:2:1: not YAML"),
-    "a number with 5000 digits": ("seed: " + "9" * 5000, "is no int that can be read"),
-    "int of words": ("seed: !!int many\n", "'many' is no int that can be read"),
-    "int of nothing": ("seed: !!int ''\n", "'' is no int that can be read"),
-    "float of words": ("seed: !!float many\n", "'many' is no float that can be read"),
-    "bool of words": ("seed: !!bool perhaps\n", "'perhaps' is no bool that can be read"),
+    "a number with 5000 digits": ("seed: " + "9" * 5000, "cannot be read as int"),
+    "int of words": ("seed: !!int many\n", "'many' cannot be read as int"),
+    "int of nothing": ("seed: !!int ''\n", "'' cannot be read as int"),
+    "float of words": ("seed: !!float many\n", "'many' cannot be read as float"),
+    "bool of words": ("seed: !!bool perhaps\n", "'perhaps' cannot be read as bool"),
     "long key": ("? " + "k" * 5000 + "\n: 1\n", "kkk...: known: schema, name"),
     "long value": (HEAD + f"seed: {'x' * 5000}\n", "p.yaml:4:7: seed: expected a whole number"),
-    "duplicate key": (HEAD + "seed: 1\nseed: 1\n", "p.yaml:5:1: the key 'seed' stands here again"),
-    "duplicate section": (HEAD + "model: {source: a}\n", "p.yaml:4:1: the key 'model' stands here"),
+    "duplicate key": (HEAD + "seed: 1\nseed: 1\n", "p.yaml:5:1: the key 'seed' is given twice"),
+    "duplicate section": (
+        HEAD + "model: {source: a}\n",
+        "p.yaml:4:1: the key 'model' is given twice",
+    ),
     "duplicate stage": (
         HEAD + "stages:\n  a: {use: heal}\n  a: {use: heal}\n",
-        "p.yaml:6:3: the key 'a' stands here again (first: line 5)",
+        "p.yaml:6:3: the key 'a' is given twice (first on line 5)",
     ),
-    "null key": (HEAD + "~: 1\n", "p.yaml:4:1: a key is a word"),
-    "list as a key": (HEAD + "? [a]\n: 1\n", "p.yaml:4:3: a key is a word"),
+    "null key": (HEAD + "~: 1\n", "p.yaml:4:1: a key must be text"),
+    "list as a key": (HEAD + "? [a]\n: 1\n", "p.yaml:4:3: a key must be text"),
     "number as a key": (HEAD + "1: 1\n", "p.yaml:4:1: unknown key '1'"),
     "undefined alias": (HEAD + "seed: *x\n", "p.yaml:4:7: not YAML: found undefined alias"),
-    "merge of text": (HEAD + "data: {<<: x}\n", "'<<' takes a mapping"),
+    "merge of text": (HEAD + "data: {<<: x}\n", "'<<' needs a mapping"),
     "too many chains": (
         HEAD
         + "stages: {"
@@ -193,8 +205,8 @@ VALUES: list[tuple[str, str]] = [
     ("seed: 2001-01-01", f"4:7: seed: {WHOLE}'2001-01-01'"),
     ("seed: 0x", f"4:7: seed: {WHOLE}'0x'"),
     ("more_seeds: 1", "4:13: more_seeds: expected a list, not 1"),
-    ("more_seeds: [0]", "4:14: seed 0 is named twice"),
-    ("more_seeds: [1, 1]", "4:17: seed 1 is named twice"),
+    ("more_seeds: [0]", "4:14: seed 0 is listed twice"),
+    ("more_seeds: [1, 1]", "4:17: seed 1 is listed twice"),
     ("more_seeds: [1, x]", f"4:17: more_seeds[1]: {WHOLE}'x'"),
     ("more_seeds: [-1]", "4:14: more_seeds[0]: expected a number of at least 0"),
     ("data: []", "4:7: data: expected a mapping, not an empty list"),
@@ -209,7 +221,7 @@ VALUES: list[tuple[str, str]] = [
     ("data: {train: {source: /no.txt}}", "there is no file '/no.txt'"),
     ("data: {train: {source: ~nobody/no.txt}}", "there is no file"),
     (f"data: {{train: {{source: /{'b' * 300}.txt}}}}", "there is no file"),
-    (f"data: {{train: {{source: a/{'b' * 300}}}}}", "is longer than the name of any model or data"),
+    (f"data: {{train: {{source: a/{'b' * 300}}}}}", "is too long for the name of a model or data"),
     ("data: {train: {mix: {sums: .inf}}}", "data.train.mix.sums: expected a finite number"),
     ("data: {train: {split: x}}", "unknown key 'split' in data.train"),
     ("data: {test: {}}", "unknown key 'test' in data"),
@@ -228,9 +240,9 @@ VALUES: list[tuple[str, str]] = [
     ("stages: {.a: {use: heal}}", "'.a' is not a name"),
     ("stages: {'<b>': {use: heal}}", "'<b>' is not a name"),
     ("stages: {источник: {use: heal}}", "is not a name"),
-    ("stages: {dense: {use: heal}}", "'dense' already means something here"),
-    ("stages: {source: {use: heal}}", "'source' already means something here"),
-    ("stages: {default: {use: heal}}", "'default' already means something here"),
+    ("stages: {dense: {use: heal}}", "'dense' is a reserved name"),
+    ("stages: {source: {use: heal}}", "'source' is a reserved name"),
+    ("stages: {default: {use: heal}}", "'default' is a reserved name"),
     ("stages: {a: {use: heal, steps: -1}}", "stages.a.steps: expected a number of at least"),
     ("stages: {a: {use: heal, steps: 1.5}}", f"stages.a.steps: {WHOLE}1.5"),
     ("stages: {a: {use: heal, lr: .nan}}", "stages.a.lr: expected a"),
@@ -276,7 +288,7 @@ VALUES: list[tuple[str, str]] = [
     ("pipelines: {a: [x]}", "4:17: no stage is named 'x'"),
     ("pipelines: {a: [[x]]}", "pipelines.a[0]: expected text, not a list"),
     ("pipelines: {a: [1]}", "pipelines.a[0]: expected text, not 1"),
-    ("pipelines: {dense: []}", "'dense' already means something here"),
+    ("pipelines: {dense: []}", "'dense' is a reserved name"),
     ("pipelines: {../../a: []}", "'../../a' is not a name"),
     ("matrix: 1", "matrix: expected a mapping, not 1"),
     ("matrix: []", "matrix: expected a mapping, not an empty list"),
@@ -343,7 +355,7 @@ HEADS: list[tuple[str, str]] = [
     ("name: x\nmodel: {source: ./no}\n", "there is no model (config.json) in"),
     ("name: x\nmodel: {source: /no}\n", "there is no model (config.json) in '/no'"),
     ("name: x\nmodel: {source: ~nobody/no}\n", "there is no model (config.json) in"),
-    (f"name: x\nmodel: {{source: a{'b' * 300}}}\n", "is longer than the name of any model"),
+    (f"name: x\nmodel: {{source: a{'b' * 300}}}\n", "is too long for the name of a model"),
     (f"name: x\nmodel: {{source: /{'b' * 300}}}\n", "there is no model (config.json) in"),
     ("name: x\nmodel: {source: a, dtype: int8}\n", "model.dtype: expected 'float32', 'bfloat16'"),
     ("name: x\nmodel: {source: a, trust_remote_code: true}\n", "unknown key 'trust_remote_code'"),
@@ -436,7 +448,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights are text": (_write("model.safetensors", b"<html>404</html>"), "safetensors file"),
     "weights are a pointer": (
         _write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "model.safetensors is no whole safetensors file",
+        "model.safetensors is not a complete safetensors file",
     ),
     "header no JSON": (
         _write("model.safetensors", (4).to_bytes(8, "little") + b"abcd"),
@@ -454,11 +466,11 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         _write("model.safetensors", (1 << 60).to_bytes(8, "little") + b"{}"),
         "does not begin with the length of a header",
     ),
-    "negative shape": (_entry(NORM, shape=[-64]), "nothing readable of the tensor 'model.norm"),
-    "shape of words": (_entry(NORM, shape="big"), "nothing readable of the tensor 'model.norm"),
-    "other shape": (_entry(NORM, shape=[65]), "bytes, too few or many for [65]"),
-    "other type": (_entry(NORM, dtype="F64"), "bytes, too few or many for [64]"),
-    "offsets turned": (_entry(NORM, data_offsets=[8, 0]), "nothing readable of the tensor"),
+    "negative shape": (_entry(NORM, shape=[-64]), "no valid entry for the tensor 'model.norm"),
+    "shape of words": (_entry(NORM, shape="big"), "no valid entry for the tensor 'model.norm"),
+    "other shape": (_entry(NORM, shape=[65]), "bytes, too few or too many for shape [65]"),
+    "other type": (_entry(NORM, dtype="F64"), "bytes, too few or too many for shape [64]"),
+    "offsets turned": (_entry(NORM, data_offsets=[8, 0]), "no valid entry for the tensor"),
     "offsets beyond": (
         _entry(NORM, data_offsets=[0, 1 << 50]),
         "is cut short: 'model.norm.weight'",
@@ -468,7 +480,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index leaves its folder": (lambda f: _index(f, {"a": "../x.safetensors"}), "'../x.safe"),
     "index of a lost tensor": (
         lambda f: _index(f, {"lost.weight": "model.safetensors"}),
-        "names the tensor lost.weight, which no file holds",
+        "names the tensor lost.weight, which no file has",
     ),
     "index no mapping": (lambda f: _index(f, []), "is not readable JSON that maps tensors"),
 }
@@ -506,7 +518,7 @@ VALUES_OF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "small vocabulary": (
         lambda f: _config(f, vocab_size=500),
-        "the tokenizer has 512 tokens, and the model rows for 500",
+        "the tokenizer has 512 tokens, but the model only 500 embeddings",
     ),
     "tokenizer cut short": (_write("tokenizer.json", b'{"version": "1.0", '), "cannot be read"),
     "tokenizer empty": (_write("tokenizer.json", b""), "its tokenizer cannot be read"),
@@ -514,7 +526,7 @@ VALUES_OF: dict[str, tuple[Callable[[Path], object], str]] = {
     "no type": (lambda f: _config(f, model_type=None), "no model type None"),
     "own code": (
         lambda f: _config(f, model_type="mine", auto_map={"AutoModelForCausalLM": "m.Mine"}),
-        "no model type 'mine', and the code that the folder brings is not run",
+        "no model type 'mine', and code in a model folder is never run",
     ),
 }
 
@@ -723,7 +735,7 @@ GATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no thresholds": (_without("thresholds"), "does not describe gates (KeyError: 'thresholds')"),
     "thresholds a list": (_meta(thresholds=[]), "does not describe gates"),
     "threshold of words": (_meta(thresholds={"0.8": ["often"] * 8}), "does not describe gates"),
-    "threshold NaN": (_meta(thresholds={"0.8": [float("nan")] * 8}), "nan is no number"),
+    "threshold NaN": (_meta(thresholds={"0.8": [float("nan")] * 8}), "nan is not a number"),
     "budget of words": (_meta(thresholds={"most": [0.0] * 8}), "does not describe gates"),
     "few thresholds": (_meta(thresholds={"0.8": [0.0] * 7}), "thresholds for other branches"),
     "kept of words": (_meta(kept={"0.8": "much"}), "does not describe gates"),
@@ -739,7 +751,7 @@ GATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing stated": (_stated(""), "holds no scalar gates: found nothing"),
     "no sizes": (_stated("scalar"), "holds scalar gates of other sizes"),
     "sizes of words": (_stated("scalar many 64"), "holds scalar gates of other sizes"),
-    "huge sizes": (_stated("scalar 100000 100000"), "100000 branches of 100000 inputs are stated"),
+    "huge sizes": (_stated("scalar 100000 100000"), "it states 100000 branches of 100000 inputs"),
     "negative sizes": (_stated("scalar -8 64"), "holds scalar gates of other sizes"),
     "fewer": (_stated("scalar 7 64"), "holds scalar gates of other sizes"),
     "NaN": (_nan_gates, "holds numbers that are not finite, in weight"),
@@ -760,7 +772,8 @@ def test_gates_are_refused_by_name(case: str, tmp_path: Path) -> None:
 def test_gates_of_another_model_are_refused(model: Path, branches: int, hidden: int) -> None:
     _gates(model, branches, hidden)
     wanted = (
-        f"is of another model: {branches} branches of {hidden} inputs, and this one has 8 of 64"
+        f"belongs to another model: {branches} branches of {hidden} inputs, "
+        "but this model has 8 of 64"
     )
     for backend in ("gathered", "reference"):
         with pytest.raises(FormatError, match=wanted):
@@ -807,9 +820,9 @@ def entry(kind: int, value: bytes) -> bytes:
 
 
 GGUF_FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "it is no GGUF file"),
-    "old": (b"GGJT" + bytes(100), "it is no GGUF file"),
-    "page": (b"<html>", "it is no GGUF file"),
+    "empty": (b"", "it is not a GGUF file"),
+    "old": (b"GGJT" + bytes(100), "it is not a GGUF file"),
+    "page": (b"<html>", "it is not a GGUF file"),
     "letters alone": (b"GGUF", "is cut short"),
     "version 1": (gguf(version=1), "it is GGUF version 1"),
     "version 4": (gguf(version=4), "it is GGUF version 4"),
@@ -826,7 +839,7 @@ GGUF_FILES: dict[str, tuple[bytes, str]] = {
     "long list of texts": (gguf([entry(9, struct.pack("<IQ", 8, 1 << 60))]), "is cut short"),
     "lists in lists": (
         gguf([entry(9, struct.pack("<IQ", 9, 1) * 9 + struct.pack("<IQ", 0, 0))]),
-        "lists in lists",
+        "nests lists too deeply",
     ),
     "alignment 0": (
         gguf([text("general.alignment") + struct.pack("<II", 4, 0)]),
@@ -851,7 +864,7 @@ GGUF_FILES: dict[str, tuple[bytes, str]] = {
         gguf(tensors=[tensor("a", (1 << 62,) * 4, 0, 0)]),
         "cut short: a would end at byte",
     ),
-    "twice": (gguf(tensors=[tensor("a", (8,), 0, 0)] * 2), "a stands in it twice"),
+    "twice": (gguf(tensors=[tensor("a", (8,), 0, 0)] * 2), "a occurs twice in it"),
     "no data": (gguf(data=0), "cut short: a would end at byte"),
 }
 
@@ -887,11 +900,14 @@ STATED = {
     "llama.attention.layer_norm_rms_epsilon": (6, struct.pack("<f", 1e-5)),
 }
 CONFIGS: dict[str, tuple[dict[str, tuple[int, bytes]], str]] = {
-    "text for a size": ({"llama.embedding_length": (8, text("x"))}, "is no config"),
-    "no heads": ({"llama.attention.head_count": (4, struct.pack("<I", 0))}, "is no config"),
+    "text for a size": ({"llama.embedding_length": (8, text("x"))}, "does not make a config"),
+    "no heads": (
+        {"llama.attention.head_count": (4, struct.pack("<I", 0))},
+        "does not make a config",
+    ),
     "endless layers": ({"llama.block_count": (4, b"\xff" * 4)}, "llama.block_count is 4294967295"),
     "half a layer": ({"llama.block_count": (6, struct.pack("<f", 0.5))}, "block_count is 0.5"),
-    "no list": ({"llama.block_count": (9, struct.pack("<IQ", 4, 0))}, "is no config"),
+    "no list": ({"llama.block_count": (9, struct.pack("<IQ", 4, 0))}, "does not make a config"),
     "wide heads": ({"llama.attention.key_length": (10, b"\xff" * 8)}, "key_length is 18446"),
     "names of others": ({"general.architecture": (8, text("\x1b[31mx"))}, r"is '\x1b[31mx'"),
 }

@@ -1,10 +1,11 @@
-"""A GGUF file's own blocks as the grids of a model folder: nothing is rounded again.
+"""A GGUF file's blocks as the grids of a model folder, without rounding again.
 
 Blocks of Q4_0, Q4_1 and Q8_0 are grids (blocks.py). Their float16 scales and minima stay float16 in
-the folder, so that the weights are the file's, bit by bit, wherever torch or a kernel multiplies in
+the folder, so the weights equal the file's, bit by bit, wherever torch or a kernel multiplies in
 float32. Native products of 8-bit activations round scales and minima to bfloat16: KL 0.0007 on
-SmolLM2's Q4_1 file, a fifth of the cost of rounding the activations. An embedding, and an LM head
-of its own, stay in blocks where both are symmetric and of the same kind; all else is dequantized.
+SmolLM2's Q4_1 file, a fifth of the cost of rounding the activations. The embedding and a separate
+LM head keep their blocks where both are symmetric and of the same kind; all other weights are
+dequantized.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ WITH_MINIMUM = "Q4_1"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Tensors = list[tuple[str, GgufTensor]]
-"""Each weight's name in transformers, with the file's tensor for it."""
+"""Each weight's name in transformers -> the file's tensor."""
 
 
 def require_grids(file: GgufFile) -> None:
-    """Refuse a file where no layer is in blocks that can be kept.
+    """Refuse a file whose layers have no blocks that can be kept.
 
     Raises:
-        ArtifactError: with how they are stored.
+        ArtifactError: with the types in which they are stored.
     """
     kinds = Counter(
         tensor.storage.name
@@ -42,13 +43,13 @@ def require_grids(file: GgufFile) -> None:
     if not any(kind in GRIDS for kind in kinds):
         stored = ", ".join(kind for kind, _ in kinds.most_common())
         file.refuse(
-            f"its layers are stored as {stored}, and blocks of {', '.join(GRIDS)} can be kept",
+            f"its layers are stored as {stored}, and only blocks of {', '.join(GRIDS)} can be kept",
             "leave keep_blocks out: the weights are then dequantized",
         )
 
 
 def block_weights(tensors: Tensors) -> dict[str, str]:
-    """Name -> storage of the weights that stay in their blocks."""
+    """Name -> storage type of the weights that keep their blocks."""
     kinds = {name: tensor.storage.name for name, tensor in tensors}
     layers = {
         name: kinds[name]
@@ -101,7 +102,7 @@ def grid_tensors(name: str, stored: Any, kind: str) -> Iterator[tuple[str, Tenso
 
 
 def _inside(name: str) -> bool:
-    """Whether it is a weight of a layer."""
+    """Whether this is a weight of a decoder layer."""
     return name.startswith("model.layers.")
 
 

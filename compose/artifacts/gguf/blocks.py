@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 BLOCK = 32
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-"""Storage -> bits of its codes: the blocks that are grids."""
+"""Storage type -> bits of its codes, for the blocks that are grids."""
 
 
 @dataclass(frozen=True)

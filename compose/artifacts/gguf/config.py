@@ -1,8 +1,8 @@
 """A GGUF file's metadata as the config.json of transformers, architecture by architecture.
 
-Some entries of a transformers config are in llama.cpp's code instead: which layers see a window,
-how queries are scaled. A key that is not known here might change the function, so a file that has
-one is refused by the key's name, and so is an architecture that is not in the table.
+Some entries of a transformers config are in llama.cpp's code instead: which layers have a window,
+how queries are scaled. An unknown key might change the function, so a file that has one is refused
+by the key's name; so is an architecture that is not in the table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ATTENTION_CAP, FINAL_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 EXPERTS = ("expert_count", "expert_used_count")
 READ_KEYS = (*SIZES, NORM, KV_HEADS, KEYS, VALUES, ROTATED, THETA, SCALING, FACTOR, TRAINED)
 SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", *EXPERTS)
-"""Keys that say nothing new: the embedding has as many rows as there are tokens."""
+"""Keys that add nothing: the embedding has as many rows as there are tokens."""
 
 SPECIALS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 ROPE_FACTORS = "rope_freqs.weight"
@@ -61,7 +61,7 @@ class Family:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A file under one architecture's prefix."""
+    """The metadata of a file under one architecture's prefix."""
 
     file: GgufFile
     prefix: str
@@ -72,7 +72,7 @@ class _Reading:
         return float(f"{value:.7g}") if isinstance(value, float) else value
 
     def need(self, key: str) -> Any:
-        """The single value of a key that has to be there."""
+        """The value of a required key, the same for all layers."""
         value = self.get(key)
         if value is None:
             self.file.refuse(f"it does not state {self.prefix}.{key}")
@@ -99,14 +99,14 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     """The config.json of the model in a file, as transformers would write it.
 
     Raises:
-        ArtifactError: its architecture is not read here, or its metadata fits no config.
+        ArtifactError: its architecture is not supported, or its metadata does not make a config.
     """
     try:
         return _config_of(file)
     except ArtifactError:
         raise
     except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # a text for a number
-        file.refuse(f"what it states of its architecture is no config ({shortened(str(error))})")
+        file.refuse(f"its metadata does not make a config ({shortened(str(error))})")
 
 
 def _config_of(file: GgufFile) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _config_of(file: GgufFile) -> dict[str, Any]:
 
 
 def _refuse_sizes(reading: _Reading) -> None:
-    """Refuse sizes that are not counts, or larger than any model's: they would fill the memory."""
+    """Refuse sizes that are not counts, or larger than any model's: these would fill the memory."""
     sizes = {key: reading.need(key) for key in SIZES} | {KEYS: reading.head_dim}
     for key, size in sizes.items():
         most = MOST_CONTEXT if key == "context_length" else MOST_SIZE
@@ -146,12 +146,12 @@ def _refuse_sizes(reading: _Reading) -> None:
 
 
 def _refuse_unknown(reading: _Reading, family: Family) -> None:
-    """Refuse a file with a key of its architecture that is not read here."""
+    """Refuse a file with a key of its architecture that this module does not read."""
     start = f"{reading.prefix}."
     keys = [key.removeprefix(start) for key in reading.file.metadata if key.startswith(start)]
     unknown = sorted(set(keys) - {*READ_KEYS, *SILENT, *family.keys})
     if unknown:
-        reading.file.refuse(f"it states {start}{shortened(unknown[0])}, which is not read here")
+        reading.file.refuse(f"it states {start}{shortened(unknown[0])}, which is not supported")
     if any(reading.get(key) for key in EXPERTS):
         reading.file.refuse("it is a mixture of experts")
     values = reading.get(VALUES, reading.head_dim)
@@ -175,7 +175,7 @@ def _rope(reading: _Reading, *, partial: bool = False) -> dict[str, Any]:
         rope |= {"rope_type": "linear", "factor": reading.need(FACTOR)}
     elif scaled != "none":
         reading.file.refuse(
-            f"its positions are scaled by {shortened(repr(scaled))} (read are none and linear)"
+            f"its positions are scaled by {shortened(repr(scaled))} (supported: none and linear)"
         )
     if any(reading.has(f"rope_factors_{kind}.weight") for kind in ("long", "short")):
         reading.file.refuse("it has factors for long contexts (rope_factors_long.weight)")
@@ -183,7 +183,8 @@ def _rope(reading: _Reading, *, partial: bool = False) -> dict[str, Any]:
 
 
 def _llama_rope(reading: _Reading) -> dict[str, Any]:
-    """The same; Llama 3.1's scaling is a tensor in a file, and four numbers in a config."""
+    """The rope settings of Llama. A file stores Llama 3.1's scaling as a tensor, a config as four
+    numbers."""
     rope = _rope(reading)
     if not reading.has(ROPE_FACTORS):
         return rope
@@ -240,7 +241,7 @@ def _qwen3(reading: _Reading) -> dict[str, Any]:
 def _phi3(reading: _Reading) -> dict[str, Any]:
     rope = _rope(reading, partial=True)
     if rope["rope_type"] != "default":
-        reading.file.refuse("its positions are scaled, which Phi3 is not in transformers")
+        reading.file.refuse("its positions are scaled, which transformers' Phi3 does not support")
     trained = reading.get(TRAINED, reading.need("context_length"))
     return {
         "rope_parameters": rope,
@@ -251,10 +252,10 @@ def _phi3(reading: _Reading) -> dict[str, Any]:
 
 
 def _gemma(reading: _Reading, pattern: int, scaled_by_width: int) -> dict[str, Any]:
-    """The entries that Gemma 2 and 3 share: all but one of `pattern` layers see a window.
+    """The entries that Gemma 2 and 3 share: of each `pattern` layers, all but one have a window.
 
-    The models with `scaled_by_width` layers, the largest, scale queries by hidden size over heads;
-    llama.cpp recognizes them in this way, too.
+    The largest models, those with `scaled_by_width` layers, scale queries by hidden size over
+    heads; llama.cpp recognizes them in the same way.
     """
     layers, width = reading.need("block_count"), reading.need("embedding_length")
     by_width = layers == scaled_by_width
@@ -278,7 +279,7 @@ def _gemma2(reading: _Reading) -> dict[str, Any]:
 
 
 def _gemma3(reading: _Reading) -> dict[str, Any]:
-    """Layers with a window have their own RoPE base, which is in llama.cpp's code."""
+    """Layers with a window have another RoPE base, which is in llama.cpp's code."""
     local = {"rope_type": "default", "rope_theta": reading.get(LOCAL_THETA, 10000.0)}
     rope = {"full_attention": _rope(reading), "sliding_attention": local}
     return _gemma(reading, reading.get(PATTERN, 6), scaled_by_width=62) | {"rope_parameters": rope}
@@ -293,4 +294,4 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family("gemma2", "Gemma2ForCausalLM", _gemma2, CAPS),
     "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, (*CAPS, LOCAL_THETA)),
 }
-"""llama.cpp's name of an architecture -> ours. Mistral and SmolLM2 are `llama` there."""
+"""llama.cpp's name of an architecture -> its family. Mistral and SmolLM2 are `llama` there."""

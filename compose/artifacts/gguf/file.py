@@ -1,14 +1,13 @@
-"""The header of a GGUF file: its metadata and the place of each tensor; read without any library.
+"""The header of a GGUF file: its metadata and the place of each tensor, read without any library.
 
     magic "GGUF", version, tensors, metadata entries
     entries: key, type, value              strings and arrays state their length
     tensors: name, sizes, type, offset     sizes columns first, as ggml counts them
     data, from the next multiple of `general.alignment`
 
-Planning reads sizes from here, so it is quick and imports no numpy; and a broken file is
-the user's mistake, with a message that says what is broken. Lengths and counts may lie: none is
-believed beyond what the file's size allows, so that libraries may trust a file that was read here.
-Layout: docs/gguf.md of ggml.
+Planning reads sizes from here, so reading is quick and imports no numpy. A broken file raises an
+error that says what is broken. Lengths and counts in a file may be wrong: each is checked against
+the file's size, so libraries can trust a file that was read here. Layout: docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Storage:
-    """A way to store weights: `weights` of a row take `bytes` bytes."""
+    """A storage type: `weights` weights of a row take `bytes` bytes."""
 
     name: str
     weights: int
@@ -97,11 +96,11 @@ class GgufTensor:
     type: int
     """A key of `STORAGES`."""
     start: int
-    """Its first byte in the file."""
+    """Position of its first byte in the file."""
 
     @property
     def storage(self) -> Storage:
-        """How its weights are stored."""
+        """Storage type of its weights."""
         return STORAGES[self.type]
 
     @property
@@ -134,7 +133,7 @@ class GgufFile:
             return list(struct.unpack(f"<{count}f", file.read(4 * count)))
 
     def refuse(self, reason: str, fix: str | None = None) -> NoReturn:
-        """Raise the ArtifactError that this file cannot be read, and why."""
+        """Raise the ArtifactError that this file cannot be read, with the reason."""
         raise _refused(self.path, reason, fix)
 
 
@@ -147,8 +146,8 @@ def open_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file and check that all its tensors are there.
 
     Raises:
-        ArtifactError: there is no such file, it is not a GGUF file, it is not whole, or a tensor
-        has an unknown type.
+        ArtifactError: the file does not exist, is not a GGUF file, is cut short, or has a tensor of
+        an unknown type.
     """
     try:
         with path.open("rb") as file:
@@ -172,12 +171,12 @@ class _Header:
 
     def read(self) -> GgufFile:
         if self._size < len(MAGIC) or self._file.read(len(MAGIC)) != MAGIC:
-            raise _refused(self._path, "it is no GGUF file", "name a file for llama.cpp")
+            raise _refused(self._path, "it is not a GGUF file", "name a GGUF file")
         version = self._number("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             said = "its numbers are big-endian" if swapped else f"it is GGUF version {version}"
-            raise _refused(self._path, said, f"versions that are read: {VERSIONS}, little-endian")
+            raise _refused(self._path, said, f"supported: versions {VERSIONS}, little-endian")
         tensors, entries = self._number("Q"), self._number("Q")
         if max(tensors, entries) > self._size:  # each takes bytes
             self._cut_short(f"it states {tensors} tensors and {entries} entries")
@@ -191,22 +190,22 @@ class _Header:
         held = {tensor.name: self._whole(tensor) for tensor in placed}
         if len(held) < len(placed):
             twice = Counter(tensor.name for tensor in placed).most_common(1)[0][0]
-            raise _refused(self._path, f"{shortened(twice)} stands in it twice", None)
+            raise _refused(self._path, f"{shortened(twice)} occurs twice in it", None)
         return GgufFile(self._path, metadata, held)
 
     def _data_start(self, align: object) -> int:
-        """The first byte of tensors."""
+        """Position of the first tensor's first byte."""
         if not isinstance(align, int) or not 1 <= align <= MOST_ALIGNMENT:
             raise _refused(self._path, f"its alignment is {shortened(repr(align))}", None)
         return -(-self._file.tell() // align) * align
 
     def _whole(self, tensor: GgufTensor) -> GgufTensor:
-        """The tensor, if it is stored in a known way and the file holds all of it."""
+        """The tensor, if its storage type is known and the file has all of it."""
         storage, name = STORAGES.get(tensor.type), shortened(tensor.name)
         if storage is None:
             readable = ", ".join(kind.name for kind in STORAGES.values())
             said = f"{name} is stored as GGML type {tensor.type}"
-            raise _refused(self._path, said, f"types that are read: {readable}")
+            raise _refused(self._path, said, f"supported types: {readable}")
         if not tensor.shape or tensor.shape[-1] % storage.weights:
             raise _refused(self._path, f"{name} has the sizes {tensor.shape}", None)
         end = tensor.start + tensor.rows * tensor.row_bytes
@@ -243,7 +242,7 @@ class _Header:
         if kind != ARRAY:
             raise _refused(self._path, f"its metadata has a value of type {kind}", None)
         if depth == MOST_NESTED:
-            raise _refused(self._path, "its metadata has lists in lists in lists", None)
+            raise _refused(self._path, "its metadata nests lists too deeply", None)
         inner, count = self._number("I"), self._number("Q")
         width = struct.calcsize(f"<{NUMBERS[inner]}") if inner in NUMBERS else 1
         if count * width > self._size:

@@ -1,13 +1,14 @@
-"""Integer grids of a model folder as blocks of GGUF that hold the same codes, scales and minima.
+"""Integer grids of a model folder as blocks of GGUF with the same codes, scales and minima.
 
-A block has the bits of its type, and a grid of fewer bits goes into the next larger type:
+A block type has a number of bits. A grid of fewer bits goes into the next larger type:
 
     up to 4 bits with minima        Q4_1        scale * code + minimum
     up to 4 bits, symmetric         Q4_0        scale * (code - 8)
     5 to 8 bits, symmetric          Q8_0        scale * code, signed
 
-Groups of 64 or 128 weights repeat their scale in each block of 32. Scales and minima are float16
-numbers there; those of this project are, by construction (gateskip/quantization/grid.py).
+Groups of 64 or 128 weights repeat their scale in each block of 32. Blocks have float16 scales and
+minima; this project's scales and minima are float16 numbers by construction
+(gateskip/quantization/grid.py).
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 def refuse_grids(config: dict[str, Any]) -> list[str]:
-    """Reasons why the grids of this config have no blocks; empty where they have."""
+    """Reasons why the grids of this config cannot be written as blocks; empty where they can."""
     quantization = config["quantization_config"]
     stated = [quantization, *quantization.get("layers", {}).values()]
     if quantization.get("embedding"):
         stated.append(quantization["embedding"])
     sizes = {grid.get("group_size", BLOCK) for grid in stated}
-    return [f"groups of {size} are no whole blocks of {BLOCK}" for size in sizes if size % BLOCK]
+    return [f"groups of {size} are not whole blocks of {BLOCK}" for size in sizes if size % BLOCK]
 
 
 def main_kind(config: dict[str, Any]) -> str:
@@ -55,7 +56,7 @@ def grid_blocks(
     """Name, type and rows of blocks [n, bytes] of every weight that is a grid.
 
     Raises:
-        ArtifactError: scales are not exact in float16, or a grid has no type.
+        ArtifactError: scales are not exact in float16, or no block type fits a grid.
     """
     from safetensors import safe_open
 
@@ -90,7 +91,7 @@ def bits_of(module: str, quantization: dict[str, Any]) -> int:
 def as_blocks(
     module: str, packed: Tensor, scale: Tensor, minimum: Tensor | None, bits: int
 ) -> tuple[str, NDArray[numpy.uint8]]:
-    """A grid's tensors, as a folder has them, as blocks: their type and rows [n, bytes]."""
+    """A grid's tensors of a folder as blocks: their type and rows [n, bytes]."""
     from compose.artifacts.gguf.blocks import Blocks, write_blocks
     from gateskip.quantization.grid import middle, unpack_bits
 
@@ -110,14 +111,14 @@ def as_blocks(
 
 
 def _float16(module: str, stored: Tensor) -> Tensor:
-    """Scales or minima in float16, which must hold them exactly.
+    """Scales or minima in float16, without rounding.
 
     Raises:
-        ArtifactError: it does not.
+        ArtifactError: float16 would round them.
     """
     half = stored.half()
     if not bool((half.float() == stored.float()).all()):
         raise ArtifactError(
-            f"{module}: scales or minima are no float16 numbers, as GGUF wants them"
+            f"{module}: float16, which GGUF needs, would round its scales or minima"
         )
     return half

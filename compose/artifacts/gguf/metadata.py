@@ -1,8 +1,8 @@
 """A model folder's config.json as a GGUF file's metadata, architecture by architecture.
 
-Some entries of a config have no metadata (which layers see a window, how queries are scaled):
-llama.cpp has them in its code. So the metadata that was written is read back by config.py, and has
-to give the folder's config again.
+Some entries of a config have no metadata (which layers have a window, how queries are scaled):
+llama.cpp has them in its code. So config.py reads the written metadata back, and the result must
+equal the folder's config.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from compose.artifacts.gguf.file import open_gguf
 from compose.errors import ArtifactError
 
 WRITTEN = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
-"""Families, as transformers names them, that are written as GGUF."""
+"""Families, by transformers' names, that can be written as GGUF."""
 
 ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items()}
 """transformers' name of a family -> llama.cpp's."""
 
 SILENT = ("architectures", *(f"{name}_token_id" for name in SPECIALS))
-"""Entries of a config that do not change the function."""
+"""Entries of a config that do not change the model's function."""
 
 
 def family_reasons(config: dict[str, Any]) -> dict[str, bool]:
-    """Why a config's family cannot be written: reason -> whether it holds."""
+    """Why a config's family cannot be written: reason -> whether it applies."""
     family = str(config.get("model_type"))
     if family not in WRITTEN:
         supported = ", ".join(WRITTEN)
@@ -42,7 +42,7 @@ def family_reasons(config: dict[str, Any]) -> dict[str, bool]:
 
 
 def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """How positions are rotated: once for all layers, or by kind of layer."""
+    """How positions are rotated: the same for all layers, or by kind of layer."""
     stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
     by_kind = [rope for rope in stated.values() if isinstance(rope, dict)]
     return by_kind or [stated]
@@ -89,7 +89,7 @@ def require_stated(folder: Path, file: Path) -> None:
     """Refuse a model whose config cannot be read back from its file.
 
     Raises:
-        ArtifactError: with the entry of config.json that is another one when it is read back.
+        ArtifactError: with the entry of config.json that differs when it is read back.
     """
     from transformers import AutoConfig
 
@@ -99,14 +99,14 @@ def require_stated(folder: Path, file: Path) -> None:
     for key in sorted(stated.keys() - set(SILENT)):
         if not _same(ours.get(key), read.get(key)):
             raise ArtifactError(
-                f"{folder} cannot be written as GGUF: its {key} is {ours.get(key)}, and a file of "
-                f"this architecture says {read.get(key)}",
+                f"{folder} cannot be written as GGUF: its {key} is {ours.get(key)}, but a file of "
+                f"this architecture implies {read.get(key)}",
                 fix="convert the folder with llama.cpp's own convert_hf_to_gguf.py",
             )
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two entries are equal, floats as float32 has them."""
+    """Whether two entries are equal, floats after rounding to float32."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, float) and isinstance(other, float):

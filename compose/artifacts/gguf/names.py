@@ -1,7 +1,8 @@
 """Tensors of a model under GGUF's names, in GGUF's order of rows.
 
-transformers rotates channel i of a head [D] with channel i + D / 2, llama.cpp's `llama` 2i with 2i
-+ 1: there the rows of q and k are reordered. Whole rows move, so packed rows move in the same way.
+transformers rotates channel i of a head [D] together with channel i + D / 2; llama.cpp's `llama`
+rotates 2i with 2i + 1, so the rows of q and k are reordered. Whole rows move, so packed rows move
+in the same way.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PAIRED = ("llama",)
-"""Architectures in whose files channels that rotate together lie side by side."""
+"""Architectures whose files keep channels that rotate together next to each other."""
 
 SHIFTED_NORMS = ("gemma2", "gemma3")
-"""Architectures whose files add one to the weights of norms, as their models do when they run."""
+"""Architectures whose files store norm weights plus one, as their models compute with them."""
 
 
 def is_shifted(name: str, architecture: str) -> bool:
-    """Whether a tensor is one more in a file than in a folder."""
+    """Whether the file stores this tensor plus one."""
     return architecture in SHIFTED_NORMS and name.endswith("norm.weight")
 
 
@@ -49,7 +50,7 @@ def _names(architecture: str, layers: int) -> Any:
 
 
 def paired(name: str, data: NDArray[Any], config: dict[str, Any]) -> NDArray[Any]:
-    """Rows of q and k as llama.cpp has them: pairs side by side. Other tensors stay."""
+    """Rows of q and k in llama.cpp's order, pairs side by side; other tensors unchanged."""
     heads = _rotated_heads(name, config)
     if heads is None:
         return data
@@ -67,7 +68,7 @@ def unpaired(name: str, data: NDArray[Any], config: dict[str, Any]) -> NDArray[A
 
 
 def _rotated_heads(name: str, config: dict[str, Any]) -> int | None:
-    """How many heads the rows of a tensor make up, where they are rotated."""
+    """Number of heads whose rows the tensor has, where they are rotated."""
     heads: int = config["num_attention_heads"]
     if ".q_proj." in name:
         return heads

@@ -1,8 +1,8 @@
 """A GGUF file as an ordinary Hugging Face folder: config, tokenizer, chat template and weights.
 
 Weights are dequantized to float32, which loses nothing: a value of any GGUF type is a float32
-number. Every tensor of the file must be one of the model's and every one of the model's must be
-there, in its size: a tensor beyond the model's would change the function.
+number. The file must have exactly the model's tensors, in the model's sizes, because a further
+tensor would change the function.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_gguf_source(path: Path, *, keep_blocks: bool = False) -> dict[str, Any
     """The config.json that a file's folder will have; quick, and without any library.
 
     Raises:
-        ArtifactError: the file cannot be read as a model, and why.
+        ArtifactError: the file cannot be read as a model; the message says why.
     """
     file = open_gguf(path)
     require_tokenizer(file)
@@ -53,11 +53,11 @@ def write_folder(
 ) -> None:
     """Write the model in a GGUF file as a folder.
 
-    `name` is the model's hub id, where it is known; the licence is then known, too. With
-    `keep_blocks` weights stay in blocks that are grids.
+    `name` is the model's hub id, where it is known; it also tells the licence. With `keep_blocks`
+    weights stay in blocks that are grids.
 
     Raises:
-        ArtifactError: the file cannot be read as a model, and why.
+        ArtifactError: the file cannot be read as a model; the message says why.
     """
     file = open_gguf(path)
     require_tokenizer(file)
@@ -102,8 +102,8 @@ def save_config(
 def tensors_of(
     file: GgufFile, config: dict[str, Any], tensors: Tensors, blocks: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The folder's tensors by name, read one after the other: in float32, or, for the weights in
-    `blocks`, as grids."""
+    """The folder's tensors by name, read one after the other: grids for the weights in `blocks`,
+    float32 for all others."""
     import torch
 
     paired = file.metadata["general.architecture"] in PAIRED
@@ -120,7 +120,8 @@ def matched(file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int,
     """Pairs of each weight's name in `shapes` and the file's tensor for it.
 
     Raises:
-        ArtifactError: one is absent or has other sizes, or the file has one that no weight is.
+        ArtifactError: the file lacks a weight, has one in another size, or has a tensor that is not
+            a weight of the model.
     """
     architecture, layers = file.metadata["general.architecture"], config["num_hidden_layers"]
     pairs = []
@@ -134,12 +135,12 @@ def matched(file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int,
         pairs.append((name, tensor))
     left = sorted(file.tensors.keys() - {tensor.name for _, tensor in pairs} - {ROPE_FACTORS})
     if left:
-        file.refuse(f"it has a tensor {left[0]}, which its architecture has not")
+        file.refuse(f"it has a tensor {left[0]}, which its architecture does not have")
     return pairs
 
 
 def stored_rows(file: GgufFile, tensor: GgufTensor) -> NDArray[numpy.uint8]:
-    """A tensor's bytes, as they are in the file, [rows, bytes]."""
+    """A tensor's bytes, unchanged from the file, [rows, bytes]."""
     import numpy
 
     shape = (tensor.rows, tensor.row_bytes)
@@ -172,7 +173,7 @@ def _save_licence(file: GgufFile, folder: Path) -> None:
 
 
 def main_storage(path: Path) -> str:
-    """How most weights of a file are stored: `Q4_K`."""
+    """Storage type of most weights of a file: `Q4_K`."""
     counts: Counter[str] = Counter()
     for tensor in open_gguf(path).tensors.values():
         counts[tensor.storage.name] += tensor.rows * tensor.shape[-1]

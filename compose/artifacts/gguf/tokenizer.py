@@ -1,4 +1,4 @@
-"""A tokenizer in a GGUF file and in a Hugging Face folder, both ways.
+"""Tokenizers converted between a GGUF file and a Hugging Face folder.
 
 Both have vocabulary, merges and special tokens. tokenizer.json also has the pre-tokenizer, which
 cuts text before merges are applied. A GGUF file has only a name for it, so a pre-tokenizer without
@@ -42,10 +42,10 @@ OTHER_NAMES = {
     "llama-v3": "llama-bpe",
     "deepseek-r1-qwen": "qwen2",
 }
-"""Further names that llama.cpp reads as one of these."""
+"""Other names that llama.cpp treats as one of these."""
 
 SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
-"""How Gemma's text is cut, which cuts nothing: no space is left by then."""
+"""How Gemma's tokenizer splits text: not at all, because no space is left by then."""
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -61,15 +61,13 @@ def require_tokenizer(file: GgufFile) -> None:
     """Refuse a file whose tokenizer cannot be read.
 
     Raises:
-        ArtifactError: it has none, or one of a kind that is not known here.
+        ArtifactError: it has no tokenizer, or one of an unknown kind.
     """
     model = file.metadata.get("tokenizer.ggml.model")
     if model is None or not file.metadata.get("tokenizer.ggml.tokens"):
-        file.refuse(
-            "it carries no tokenizer", "name a file that does, as llama.cpp's converter writes"
-        )
+        file.refuse("it has no tokenizer", "name a file with one, as llama.cpp's converter writes")
     if model not in MODELS:
-        file.refuse(f"its tokenizer is {shortened(repr(model))} (read are {', '.join(MODELS)})")
+        file.refuse(f"its tokenizer is {shortened(repr(model))} (supported: {', '.join(MODELS)})")
     if model == BYTE_LEVEL:
         _pre_tokenizer_of(file)
 
@@ -79,15 +77,15 @@ def _pre_tokenizer_of(file: GgufFile) -> list[dict[str, Any]]:
     parts = PRE_TOKENIZERS.get(OTHER_NAMES.get(name, name))
     if parts is None:
         readable = ", ".join((*PRE_TOKENIZERS, *OTHER_NAMES))
-        file.refuse(f"its pre-tokenizer is {shortened(repr(name))} (read are {readable})")
+        file.refuse(f"its pre-tokenizer is {shortened(repr(name))} (supported: {readable})")
     return parts
 
 
 def save_tokenizer(file: GgufFile, folder: Path, longest: int) -> None:
     """Write the tokenizer and chat template of a file into a model folder.
 
-    transformers builds vocabulary, merges and special tokens; the pre-tokenizer comes from here.
-    `longest` is the model's context.
+    transformers builds vocabulary, merges and special tokens; this module adds the pre-tokenizer.
+    `longest` is the model's context length.
     """
     from transformers import AutoTokenizer
 
@@ -127,8 +125,8 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     """Give a GGUFWriter the tokenizer and chat template of a model folder.
 
     Raises:
-        ArtifactError: it is neither byte-level BPE, cut in a way that has a name here, nor pieces
-            as Gemma has them.
+        ArtifactError: it is neither a byte-level BPE with a known pre-tokenizer, nor pieces as
+            Gemma has them.
     """
     from gguf import SpecialVocab, TokenType
 
@@ -159,8 +157,8 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
 
 
 def has_pieces(stored: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json has SentencePiece's pieces, merged by rank, in which a space is ▁
-    and nothing is put before the text: as Gemma."""
+    """Whether a tokenizer.json has SentencePiece's pieces, merged by rank, with ▁ for a space and
+    no text prefix, as Gemma's."""
     model = stored.get("model") or {}
     normal = stored.get("normalizer") or {}
     cut = stored.get("pre_tokenizer") or SPACES
@@ -170,8 +168,8 @@ def has_pieces(stored: dict[str, Any]) -> bool:
 
 
 def _scores(model: dict[str, Any], texts: list[str]) -> list[float]:
-    """A score for each token, the higher the sooner llama.cpp merges it: less the rank of the first
-    merge that makes it."""
+    """A score for each token: minus the rank of the first merge that makes it. llama.cpp merges
+    higher scores first."""
     first: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         first.setdefault(pair.replace(" ", "") if isinstance(pair, str) else "".join(pair), rank)
@@ -182,7 +180,8 @@ def pre_tokenizer_name(stored: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json.
 
     Raises:
-        ArtifactError: it is neither that, cut in a way that has a name here, nor pieces as Gemma's.
+        ArtifactError: it is neither a byte-level BPE with a known pre-tokenizer, nor pieces as
+            Gemma has them.
     """
     model, cut = stored.get("model") or {}, stored.get("pre_tokenizer") or {}
     parts = [_plain(part) for part in cut.get("pretokenizers") or [cut]]
@@ -191,13 +190,13 @@ def pre_tokenizer_name(stored: dict[str, Any]) -> str:
             if parts == expected:
                 return name
     raise ArtifactError(
-        "the tokenizer cannot be written as GGUF: it cuts text in another way than "
+        "the tokenizer cannot be written as GGUF: its pre-tokenizer is none of "
         + ", ".join(PRE_TOKENIZERS),
         fix="convert the exported folder with llama.cpp's own convert_hf_to_gguf.py",
     )
 
 
 def _plain(part: dict[str, Any]) -> dict[str, Any]:
-    """A pre-tokenizer's settings without those that change nothing."""
+    """A pre-tokenizer's settings without those that have no effect."""
     silent = {"trim_offsets": part.get("trim_offsets"), "invert": False}
     return {key: value for key, value in part.items() if (key, value) not in silent.items()}

@@ -1,10 +1,10 @@
 """A model folder as one GGUF file, the format of llama.cpp.
 
-Does the same as llama.cpp's own converter, through its `gguf` package: metadata from config.json,
-the tokenizer, and tensors under their GGUF names; norms of Gemma plus one. A draft network is left
-out, because llama.cpp cannot run one. Float weights are stored in the requested type; weights that
-are integer grids go into blocks that hold their codes, scales and minima (grids.py). The file is
-loaded back before it is put in place.
+It does the same as llama.cpp's converter, through the `gguf` package: metadata from config.json,
+the tokenizer, tensors under their GGUF names, and Gemma's norms plus one. A draft network is left
+out, because llama.cpp cannot run one. Float weights are stored in the requested type. Integer grids
+go into blocks with the same codes, scales and minima (grids.py). The file is loaded back before it
+is put in place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KINDS: dict[str, str] = {
     "q4_1": "MOSTLY_Q4_1",
     "q4_0": "MOSTLY_Q4_0",
 }
-"""How weights are stored: name -> what llama.cpp calls such a file."""
+"""Storage types: name -> llama.cpp's name for such a file."""
 
 USUAL = "f16"
 BLOCK = 32  # weights of a row that share a scale
@@ -54,9 +54,9 @@ def write_gguf(
 ) -> dict[str, Any]:
     """Write the model in `folder` to `file`, load it back, compare.
 
-    Without a `kind`, float weights are stored as f16, and integer grids as they are. `name` is the
+    Without a `kind`, float weights are stored as f16, and integer grids unchanged. `name` is the
     model's name in the file, that of the folder by default. Returns the
-    result of `check_gguf`, `bytes`, and the `kind` that most weights are stored in.
+    result of `check_gguf`, `bytes`, and the `kind` in which most weights are stored.
 
     Raises:
         ArtifactError: the folder cannot be written as GGUF, or there is no such kind.
@@ -67,8 +67,8 @@ def write_gguf(
     grids = is_grid(config)
     if grids and kind is not None:
         raise ArtifactError(
-            f"the weights of {folder} are integer grids, which are written as they are",
-            fix="leave --type out, or name the folder from before they were rounded",
+            f"the weights of {folder} are integer grids, which are written unchanged",
+            fix="leave --type out, or name the folder before rounding",
         )
     if not grids and (kind or USUAL) not in KINDS:
         raise ArtifactError(f"there is no GGUF type {kind!r}: {suggest(kind or USUAL, KINDS)}")
@@ -81,12 +81,12 @@ def write_gguf(
 
 
 def is_grid(config: dict[str, Any]) -> bool:
-    """Whether a folder's weights are integer grids in our own format."""
+    """Whether a folder's weights are this project's integer grids."""
     return (config.get("quantization_config") or {}).get("quant_method") == GRID_METHOD
 
 
 def refuse(folder: Path, config: dict[str, Any]) -> None:
-    """Say why this folder cannot be written, if it cannot.
+    """Refuse a folder that cannot be written.
 
     Raises:
         ArtifactError: with every reason.
@@ -104,7 +104,7 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
     if refusals:
         raise ArtifactError(
             f"{folder} cannot be written as GGUF: {'; '.join(refusals)}",
-            fix="name a folder from before gates and other quantizers; --type packs the file",
+            fix="name a folder without gates and other quantizers; --type quantizes the file",
         )
 
 
@@ -158,10 +158,10 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor
 
 
 def rounded(name: str, tensor: Tensor, kind: str) -> tuple[Any, NDArray[Any]]:
-    """A tensor as it is stored: its GGML type and data, rows first.
+    """A tensor in its storage type: GGML type and data, rows first.
 
-    Vectors stay in float32, rows that are not a whole number of blocks in float16. With four bits,
-    the embedding and the LM head get eight.
+    Vectors stay in float32, rows that are not a whole number of blocks in float16. With 4-bit
+    types, the embedding and the LM head get 8 bits.
     """
     from gguf import GGMLQuantizationType as Ggml
     from gguf import quants
@@ -178,11 +178,11 @@ def rounded(name: str, tensor: Tensor, kind: str) -> tuple[Any, NDArray[Any]]:
 
 
 def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
-    """Load the file by our own reader, which tests hold to transformers' and to llama.cpp; compare
-    it with the folder's weights, rounded alike.
+    """Load the file by this project's reader, which tests compare with transformers' and
+    llama.cpp's, and compare the logits with those of the folder's weights, rounded in the same way.
 
-    Both are computed in float32, so they must agree whatever the type: a difference comes from a
-    wrong weight, name or size, not from rounding. Without a `kind` nothing was rounded. Returns
+    Both are computed in float32, so they must agree for every type: a difference comes from a wrong
+    weight, name or size, not from rounding. Without a `kind` nothing was rounded. Returns
     `max_abs_diff` and `range` of these logits, and `kl` to the folder's own predictions, which is
     the cost of the rounding.
 
@@ -236,7 +236,7 @@ def _loaded(folder: Path, file: Path) -> Any:
 
 
 def _round_in_place(model: Any, kind: str) -> None:
-    """Give every weight the value that its stored form has."""
+    """Replace every weight by the value that its storage type rounds it to."""
     import torch
     from gguf import quants
 

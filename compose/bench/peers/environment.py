@@ -1,7 +1,8 @@
-"""An environment for each other engine: made once by pip in the asset cache, never in ours.
+"""An environment for each other engine, made once by pip in the asset cache, apart from this one.
 
-cache/peers/NAME-HASH       the environment, whole or absent; HASH is over this interpreter's
-                            version, the ranges and, for what is compiled, the processor
+cache/peers/NAME-HASH       the environment, complete or absent; HASH is over this
+                            interpreter's version, the ranges and, for compiled packages, the
+                            processor
 cache/peers/NAME-HASH.log   pip's output when it was made
 """
 
@@ -25,7 +26,7 @@ from compose.units import Progress
 
 POLL_S = 0.5
 LAST_LINES = 12
-"""Lines of pip's log that an error carries."""
+"""Lines of pip's log that an error shows."""
 
 VERSIONS = """
 import json, sys
@@ -41,9 +42,9 @@ print(json.dumps(found))
 
 
 def python_of(engine: Engine, cache: Path, progress: Progress | None = None) -> Path:
-    """The interpreter that runs an engine's script; its environment is made where there is none.
+    """The interpreter that runs an engine's script; makes its environment where none exists.
 
-    An engine without requirements runs in this interpreter, in a process of its own.
+    An engine without requirements runs by this interpreter, in a separate process.
 
     Raises:
         UserError: the engine cannot be installed on this machine; with pip's last lines and its
@@ -61,7 +62,7 @@ def python_of(engine: Engine, cache: Path, progress: Progress | None = None) -> 
 
 
 def environment_folder(engine: Engine, cache: Path) -> Path:
-    """Where an engine's environment is, or will be."""
+    """The folder of an engine's environment, which may not exist yet."""
     decides: list[Any] = [
         platform.python_version(),
         platform.machine(),
@@ -75,7 +76,7 @@ def environment_folder(engine: Engine, cache: Path) -> Path:
 
 
 def versions_of(engine: Engine, python: Path) -> dict[str, str]:
-    """Versions of an engine's distributions, as its interpreter has them.
+    """Versions of an engine's distributions in its environment.
 
     Raises:
         UserError: the environment is broken.
@@ -92,7 +93,7 @@ def versions_of(engine: Engine, python: Path) -> dict[str, str]:
 
 
 def _build(engine: Engine, folder: Path, log: Path, progress: Progress | None) -> dict[str, Any]:
-    """Make the environment in `folder`; the record has the inputs of its hash and how long it
+    """Make the environment in `folder`; the record has the inputs of its hash and the time that it
     took."""
     started = time.monotonic()
     log.unlink(missing_ok=True)
@@ -138,7 +139,7 @@ def _run(
         lines = log.read_text("utf-8", errors="replace").splitlines()
         last = "\n  ".join(lines[-LAST_LINES:])
         raise UserError(
-            f"peer {engine.name} cannot be had on this machine: pip failed\n  {last}",
+            f"peer {engine.name} cannot be installed on this machine: pip failed\n  {last}",
             fix=f"the whole log is {log}"
             + ("; it needs a C++ compiler and CMake" if engine.compiled else ""),
         )

@@ -85,11 +85,11 @@ def _model(
 
 
 def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progress | None) -> Path:
-    """The folder as a GGUF file in its own float type, or as bf16 where the option says so."""
+    """The folder as a GGUF file in its float type, or as bf16 where the option asks for it."""
     if is_grid(require_model(folder)):
         raise UserError(
-            f"llama.cpp:{option} quantizes floats, and {folder} holds integers",
-            fix="run `gateskip export FOLDER --format gguf --to F.gguf`, and name llama.cpp:F.gguf",
+            f"llama.cpp:{option} quantizes float weights, but those of {folder} are integers",
+            fix="write them with `gateskip export FOLDER --format gguf --to F.gguf`, and name llama.cpp:F.gguf",
         )
     kind = "bf16" if option == "bf16" or dtype_of(folder) == "bfloat16" else "f32"
     target = models / f"{content}-gguf-{kind}"

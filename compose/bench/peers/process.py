@@ -1,8 +1,8 @@
-"""A peer in a process of its own: JSON lines over its standard input and output.
+"""Runs a peer in a separate process: JSON lines over its standard input and output.
 
-Engines need separate processes because they disturb each other: with llama.cpp inside, our process
-died of SIGILL on a processor with AMX, whose tile configuration belongs to a thread and is also set
-by oneDNN.
+Engines need separate processes because they disturb each other. With llama.cpp in the same process,
+this program died of SIGILL on a processor with AMX: the AMX tile configuration belongs to a thread,
+and oneDNN sets it, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from compose.bench.peers.table import PeerName
 from compose.errors import StepError
 
 LAST_LINES = 15
-"""Lines of a peer's own output that an error carries."""
+"""Lines of a peer's output that an error shows."""
 CLOSING_S = 10.0
 
 
@@ -33,7 +33,7 @@ class PreparedPeer:
     """The settings of a `PeerProcess`; all paths are on this machine."""
 
     name: str
-    """As the user names it: `llama.cpp:q4_k_m`."""
+    """The user's name for it: `llama.cpp:q4_k_m`."""
     engine: str
     option: str
     python: Path
@@ -42,12 +42,12 @@ class PreparedPeer:
     model: Path
     """The folder or file that the engine reads."""
     vocabulary: int
-    """Columns of the model folder's logits; a peer's are cut to as many."""
+    """Vocabulary of the model folder; further columns of a peer's logits are cut off."""
     disk_bytes: int
-    """Weights and graph on disk."""
+    """Bytes of weights and graph on disk."""
     versions: dict[str, str]
     settings: str
-    """How it is run, in one sentence."""
+    """The engine's settings, in one sentence."""
     flash: bool = False
 
 
@@ -76,8 +76,9 @@ class PeerProcess:
     def load(self, context: int, batch: int) -> dict[str, Any]:
         """Load the model for `batch` rows of at most `context` tokens, prompt and answer together.
 
-        May be called again for another shape. A short run warms everything up. Returns `versions`,
-        `flags` (how the library was built), and `resident_bytes` beyond a bare interpreter.
+        It may be called again for another shape. A short run warms everything up. Returns
+        `versions`, `flags` (how the library was built), and `resident_bytes` beyond a bare
+        interpreter.
         """
         peer = self.prepared
         loaded: dict[str, Any] = self._ask(
@@ -98,11 +99,11 @@ class PeerProcess:
         stop: Sequence[int] = (),
         ignore_stop: bool = False,
     ) -> dict[str, Any]:
-        """Continue the prompts greedily by up to `new_tokens` each, in the engine's own batching.
+        """Continue the prompts greedily by up to `new_tokens` each, by the engine's batching.
 
         Returns `tokens` (a stop token is the last of its row), `prefill_s` (from the call until
-        every row has its first token, which is `ttft_s`), `decode_s` (all the rest) and
-        `first_tokens`, how many tokens were there after prefill.
+        every row has its first token, which is `ttft_s`), `decode_s` (the rest) and `first_tokens`,
+        the number of tokens when prefill ended.
         """
         rows = [list(map(int, row)) for row in prompts]
         answer: dict[str, Any] = self._ask(
@@ -117,8 +118,8 @@ class PeerProcess:
     def logits(self, blocks: Sequence[Sequence[int]], path: Path) -> numpy.ndarray[Any, Any]:
         """Logits after every token of the blocks [N][S]: float32 [N, S, V], mapped from `path`.
 
-        Blocks are of one length, and each is computed from an empty cache. The peer writes `path`
-        as .npy; V is the vocabulary of the model folder.
+        Blocks have one length; each is computed from an empty cache. The peer writes `path` as
+        .npy; V is the vocabulary of the model folder.
         """
         rows = [list(map(int, row)) for row in blocks]
         self._ask("logits", blocks=rows, path=str(path), vocabulary=self.prepared.vocabulary)
@@ -126,10 +127,10 @@ class PeerProcess:
 
 
 def converted(name: PeerName, python: Path, source: Path, target: Path) -> None:
-    """Let an engine write `source` in its own format to `target`.
+    """Let an engine write `source` in its format to `target`.
 
     Raises:
-        StepError: it fails.
+        StepError: the engine failed.
     """
     threads = os.cpu_count() or 1
     with _talk(name.text, python, name.engine.script_path, threads) as ask:
@@ -171,7 +172,8 @@ def _talk(name: str, python: Path, script: Path, threads: int) -> Iterator[Any]:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Environment variables of the process: its number of threads, without our own Python path."""
+    """Environment variables of the process: its number of threads, without this project's Python
+    path."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     return {
         **inherited,
@@ -183,7 +185,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _close(child: subprocess.Popen[str]) -> None:
-    """End of input ends a script; one that does not listen is killed."""
+    """End a script by closing its input; kill a script that does not end."""
     with contextlib.suppress(BrokenPipeError):
         child.stdin.close()  # type: ignore[union-attr]
     try:

@@ -1,7 +1,7 @@
-"""The other engines, as one literal table: their options, their requirements, how they are run.
+"""The table of other engines: their options, requirements and settings.
 
-Nothing of this is installed into our own environment. `environment` makes one for each engine from
-the ranges here; a change of a range makes another environment.
+None of them is installed into this project's environment. `environment` makes one for each engine
+from the version ranges here; another range makes another environment.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class Engine:
     script: str
     """File in `scripts/` that runs in its environment."""
     options: Mapping[str, str]
-    """Option -> how it is run, as the end of a sentence. The empty option is the plain name."""
+    """Option -> its settings, as the end of a sentence. The empty option is the plain name."""
     distributions: tuple[str, ...]
     """Distributions whose versions are recorded."""
     requirements: tuple[str, ...] = ()
-    """Requirements for pip, pinned to ranges; empty where our own environment has them."""
+    """Requirements for pip, pinned to ranges; empty where this project's environment has them."""
     pip_options: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the installation."""
     compiled: bool = False
     """Whether pip compiles it for this processor, so that other processors need their own."""
     settings: str = ""
-    """A sentence on how every option is run; the options' own sentences follow."""
+    """A sentence on the settings that all options share; the options' own sentences follow."""
 
     @property
     def script_path(self) -> Path:
-        """The script that speaks for it."""
+        """Path of the engine's script."""
         return SCRIPTS / self.script
 
 
@@ -53,10 +53,10 @@ GGUF_TYPES = {
     "q8_0": "Q8_0",
     "bf16": "BF16",
 }
-"""Options of llama.cpp and what llama.cpp calls the file type."""
+"""Options of llama.cpp -> llama.cpp's name of the file type."""
 
 FLASH = "+fa"
-"""Ends a llama.cpp option that asks for flash attention."""
+"""End of a llama.cpp option that turns flash attention on."""
 
 ENGINES: dict[str, Engine] = {
     "llama.cpp": Engine(
@@ -139,7 +139,7 @@ ENGINES: dict[str, Engine] = {
 
 @dataclass(frozen=True)
 class PeerName:
-    """A peer as the user names it, taken apart."""
+    """A user's name of a peer, split into its parts."""
 
     text: str
     engine: Engine
@@ -150,12 +150,12 @@ class PeerName:
 
     @property
     def file(self) -> Path | None:
-        """The .gguf file that is named, where one is."""
+        """The .gguf file in the name, if any."""
         path = self.option if self.option.endswith(".gguf") else ""
         return Path(path).expanduser() if path else None
 
     def settings(self) -> str:
-        """One plain sentence on how it is run."""
+        """One sentence on the settings."""
         how = self.engine.options.get(self.option, "the file as it is")
         flash = ""
         if self.engine.name == "llama.cpp":
@@ -164,7 +164,7 @@ class PeerName:
 
 
 def is_peer(text: str) -> bool:
-    """Whether a system's name is that of another engine.
+    """Whether a name is that of another engine.
 
     >>> is_peer("llama.cpp:q4_0"), is_peer("plain")
     (True, False)

@@ -1,1 +1,1 @@
-"""How well a cell answers: perplexity, tasks, written answers, losslessness."""
+"""The quality of a cell: perplexity, tasks, written answers, losslessness."""

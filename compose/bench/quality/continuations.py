@@ -12,12 +12,12 @@ from compose.bench.quality.text import ScoredModel, head_chunks, log_probs
 from compose.units import Progress
 
 Pair = tuple[list[int], list[int]]
-"""Token ids of a context, and of the continuation whose probability is asked for."""
+"""Token ids of a context, and of the continuation whose probability is computed."""
 
 
 @runtime_checkable
 class BranchingModel(ScoredModel, Protocol):
-    """A model that can read a context once for all continuations of it."""
+    """A model that can prefill a context once for all its continuations."""
 
     parts: bool
     """Whether contexts and their continuations are computed differently, so that every context is
@@ -42,10 +42,10 @@ def score_continuations(
 ) -> list[tuple[float, bool]]:
     """For each pair log P(continuation | context), and whether greedy decoding would write it.
 
-    Inputs longer than `max_length` lose their beginning. An input that is a prefix of another one
-    is not run by itself: its positions are read off the longer one, since later tokens cannot
-    change them. Batches are of like lengths, and logits are computed only for the continuations'
-    tokens. A `BranchingModel` reads a context that several continuations share once.
+    Inputs longer than `max_length` lose their beginning. An input that is a prefix of another is
+    not run by itself: its scores are taken from the longer one, since later tokens cannot change
+    them. Batches have similar lengths, and logits are computed only for the continuations' tokens.
+    A `BranchingModel` prefills a context once for all its continuations.
     """
     families: list[list[int]] = []
     scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
@@ -70,8 +70,8 @@ def score_continuations(
 
 
 def share_contexts(pairs: Sequence[Pair], max_length: int, least: int = 2) -> list[list[int]]:
-    """Pairs that have a context in common and fit whole: groups of `least` and more, the longest
-    context first."""
+    """Groups of pairs that share a context and fit the model whole, of at least `least` pairs, the
+    longest context first."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, (context, ending) in enumerate(pairs):
         if context and len(context) + len(ending) <= max_length:
@@ -83,7 +83,7 @@ def share_contexts(pairs: Sequence[Pair], max_length: int, least: int = 2) -> li
 def _score_families(
     model: BranchingModel, pairs: Sequence[Pair], families: Sequence[list[int]]
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """Scores of pairs that share contexts, family by family: each context is run once."""
+    """Scores of pairs that share contexts, group by group: each context is run once."""
     order = [pair for family in families for pair in family]
     owner = [number for number, family in enumerate(families) for _ in family]
     contexts = [pairs[family[0]][0] for family in families]
@@ -104,7 +104,7 @@ def _score_rows(
     batch_size: int,
     max_length: int,
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """Scores of the `chosen` pairs, each run as a row of its own or read off a longer one."""
+    """Scores of the `chosen` pairs, each run as a row or taken from a longer row."""
     inputs = [(pairs[pair][0] + pairs[pair][1])[:-1][-max_length:] for pair in chosen]
     rows, row_of = fold_prefixes(inputs)
     asks: list[list[int]] = [[] for _ in rows]  # row -> the inputs that are read off it

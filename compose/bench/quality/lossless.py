@@ -1,7 +1,7 @@
-"""The lossless check: speculative decoding against plain decoding, token for token.
+"""The lossless check: compares speculative with plain decoding, token by token.
 
-It shows whether speculation changes the text, not how fast it is: its draft length is forced, while
-the timed rounds choose their own (`compose.bench.speed.measure`).
+It shows whether speculation changes the text, not how fast it is. Its draft length is fixed, while
+the timed rounds choose theirs (`compose.bench.speed.measure`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
 
 FORCED_DRAFT = 3
-"""Draft length of the first pass where the cell says `auto`: without drafts nothing is checked."""
+"""Draft length of the first pass where the cell's is `auto`: without drafts there is nothing to
+check."""
 
 
 def check_lossless(
@@ -30,11 +31,11 @@ def check_lossless(
 ) -> dict[str, Any]:
     """Compare both decodings of each prompt; the fields of the result's `lossless_check`.
 
-    `settings` are a speculating cell's arguments of `Decoder.generate`; drafts that are verified at
-    a budget, or after prompts that skip, are compared with skipping as much. Where they say `auto`,
-    the prompts are decoded twice: with a forced draft length, since a decoder that falls back to
-    plain steps would pass without having shown anything, and with the lengths that the cell chooses
-    itself. The verdict is over both.
+    `settings` are a speculating cell's arguments of `Decoder.generate`. Drafts that are verified at
+    a budget, or after prompts that skip, are compared with decoding that skips as much. With a
+    draft length of `auto` the prompts are decoded twice. The first pass uses a fixed draft length,
+    since a decoder that falls back to plain steps would pass without drafting; the second uses the
+    lengths that the cell chooses. The verdict covers both.
     """
     own_length = settings["draft_length"]
     forced_length = FORCED_DRAFT if own_length == "auto" else own_length
@@ -82,8 +83,8 @@ def check_lossless(
 def _divergence(
     scored: Scored, number: int, prompt: list[int], plain: list[int], speculated: list[int]
 ) -> dict[str, Any] | None:
-    """Where two continuations first differ, and the top-2 logit margin there of decoding without
-    drafts, as `scored` decodes."""
+    """Where two continuations first differ, and the difference between the top two logits there,
+    decoded without drafts as in `scored`."""
     if plain == speculated:
         return None
     same = common_prefix(plain, speculated)

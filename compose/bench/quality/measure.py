@@ -1,7 +1,7 @@
-"""The quality of a cell: text, tasks and written answers, each against the baseline's.
+"""The quality of a cell: text, tasks and written answers, each compared with the baseline.
 
-All cells score the same tokens and answer the same questions and prompts. The outcome of each
-block, question and answer is kept, and `compose.analysis.intervals` computes intervals from them.
+All cells score the same tokens and answer the same questions and prompts. The result keeps the
+score of each block, question and answer; `compose.analysis.intervals` computes intervals from them.
 The baseline comes first and stores the reference of the others.
 """
 
@@ -63,7 +63,7 @@ class QualityBench:
         saving: Callable[[Usage], Saving],
         progress: Progress | None = None,
     ) -> None:
-        """`mode` and `settings` are how it is decoded; `saving` counts compute that was saved."""
+        """`mode` and `settings` are its decode settings; `saving` counts compute that was saved."""
         self.job, self.decoder, self.mode, self.saving = job, decoder, mode, saving
         self.progress = progress
         self.quality: Mapping[str, Any] = job.benchmark["quality"]
@@ -75,9 +75,9 @@ class QualityBench:
         """Name of the text that was scored -> its rows."""
 
     def measure(self, reference: Path) -> dict[str, Any]:
-        """The cell's `quality`, and `compute`, `insight` and `notes` that come with it.
+        """The cell's `quality`, and the `compute`, `insight` and `notes` that belong to it.
 
-        `reference` is the file that the baseline writes and the other cells read.
+        The baseline writes the file `reference`; the other cells read it.
 
         Raises:
             StepError: the baseline's file is absent, or was made from other text.
@@ -130,13 +130,13 @@ class QualityBench:
         if read := model.read_of(BLOCK):
             record["perplexity"]["after_prompt"] = read
             notes.append(
-                f"perplexity, KL and agreement are of the last {BLOCK - read} tokens of each block,"
-                f" after a prompt of {read}, and beside the dense model on the same tokens"
+                "perplexity, KL and agreement are measured on the last"
+                f" {BLOCK - read} tokens of each block, after a prompt of {read} tokens"
             )
         if texts.name != quality["perplexity"][0]:
             notes.append(
-                f"perplexity: {quality['perplexity'][0]} could not be had here, "
-                f"so {texts.name} stands in"
+                f"perplexity: {quality['perplexity'][0]} was not available, "
+                f"so {texts.name} was used"
             )
         if notes:
             record["notes"] = notes
@@ -149,9 +149,9 @@ class QualityBench:
         return record
 
     def _noise_floor(self, blocks: Tensor, hidden: Tensor, base: BlockScores) -> dict[str, Any]:
-        """The same model in the other float type: smaller differences than this are rounding.
+        """Scores of the same model in the other float type: smaller differences are rounding noise.
 
-        Nothing where its weights are packed: there is no other type of them.
+        None for packed weights, which have no other type.
         """
         other = OTHER_TYPE.get(self.job.dtype)
         if other is None or self.decoder.arithmetic.weights != self.job.dtype:
@@ -167,7 +167,7 @@ class QualityBench:
         return {"noise_floor": floor}
 
     def _rounding(self, ids: Tensor) -> float | None:
-        """KL from these weights as they are scored to the same as they are decoded, on ids [1, S].
+        """KL on ids [1, S] between the model as it is scored and the same model as it decodes.
 
         None where decoding does not round activations.
         """
@@ -211,7 +211,7 @@ class QualityBench:
     # -- written answers -----------------------------------------------------------------------
 
     def _own_answers(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """How the cell answers prompts, beside the dense model: see `own_answers`."""
+        """The cell's answers to prompts, compared with the dense model's: see `own_answers`."""
         tokenizer, new_tokens = self.decoder.tokenizer, settings["new_tokens"]
         texts = prompt_texts(settings["source"], settings["prompts"], self.job.asset_cache)
         prompts = [prompt_ids(tokenizer, text) for text in texts]
@@ -236,7 +236,7 @@ class QualityBench:
         used: dict[str, dict[Phase, Usage]] = {}
 
         def written(task: str) -> None:
-            """Book the text that was written since the last call under this task."""
+            """Count the text written since the last call under this task."""
             used[task] = added(used.get(task, {}), self.model.used)
             self.model.clear_used()
 
@@ -259,7 +259,8 @@ class QualityBench:
     # -- contamination -------------------------------------------------------------------------
 
     def _add_contamination(self, record: dict[str, Any]) -> None:
-        """13-gram contamination of all that is scored, and a note for each text that has any."""
+        """Add the 13-gram contamination of all scored text, and a note for each text that has
+        any."""
         quality = self.quality
         texts = dict(self.scored)
         if answers := quality["own_answers"]:
@@ -270,7 +271,7 @@ class QualityBench:
             self.job.learns_from, texts, tasks, quality["limit"], self.job.asset_cache
         )
         notes = [
-            f"{text['contaminated']} of {text['rows']} rows of {name} share thirteen words in a row"
+            f"{text['contaminated']} of {text['rows']} rows of {name} share 13 consecutive words"
             " with a text that stages learn from"
             for name, text in shares.items()
             if text["contaminated"]
@@ -281,7 +282,7 @@ class QualityBench:
 
 
 def text_record(texts: TextData, scores: BlockScores) -> dict[str, Any]:
-    """Scores on a text under the result's names, and the distance to the baseline where it is."""
+    """Scores on a text under the result's names, with the distance to the baseline where given."""
     perplexity = {
         "dataset": texts.name,
         "value": scores.perplexity,

@@ -1,12 +1,12 @@
-"""The dense model's own greedy answers, and how far another cell is from them.
+"""The dense model's greedy answers, and the distance of another cell from them.
 
-The baseline writes an answer to each prompt, and keeps the final hidden states that predict its
-tokens. Another cell is compared in two ways. It is teacher-forced along the same answers, and
-KL(dense || cell) is taken at every token. It answers the same prompts itself, and the tokens that
-both answers share from the start are counted.
+The baseline writes an answer to each prompt and stores the final hidden states that predict its
+tokens. Another cell is compared in two ways. First, it is teacher-forced along the same answers,
+and KL(dense || cell) is taken at every token. Second, it answers the same prompts itself, and the
+tokens that both answers share from the start are counted.
 
-Both run as the cell decodes: the prompt is prefilled, the answer's tokens are decoding steps, with
-activations rounded and branches skipped as in generation.
+Both use the cell's decode settings: the prompt is prefilled and the answer's tokens are decoding
+steps, with activations rounded and branches skipped as in generation.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ SHOWN = 10  # of them, whose texts are kept
 
 
 class AnsweringModel(Protocol):
-    """A model that answers prompts, and can be teacher-forced along the answers of another one."""
+    """A model that answers prompts, and can be teacher-forced along another model's answers."""
 
     def generate(self, prompts: Rows, new_tokens: int, stop_tokens: Sequence[int]) -> Rows:
         """Greedy answers of up to `new_tokens`; the token that ends one is part of it."""
 
     def answer_logits(self, prompts: Rows, answers: Rows) -> list[Tensor]:
-        """Of each answer, the logits [T, V] that predict its T tokens, as the model decodes."""
+        """For each answer, the logits [T, V] that predict its T tokens, computed as in decoding."""
 
 
 @dataclass(frozen=True)
 class DenseAnswers:
-    """The dense model's answers, and its final states at each of their tokens."""
+    """The dense model's answers, and its final states before each of their tokens."""
 
     prompts: Rows
     """Token ids of each prompt."""
     answers: Rows
-    """Token ids of each answer; the token that ended it is among them."""
+    """Token ids of each answer, including the token that ended it."""
     hidden: list[Tensor]
-    """Of each answer, the final states [T, H] that predict its T tokens."""
+    """For each answer, the final states [T, H] that predict its T tokens."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, to be stored."""
+        """The answers as named tensors, to be stored."""
         return {
             "answers.prompts": _flat(self.prompts),
             "answers.prompt_lengths": torch.tensor([len(prompt) for prompt in self.prompts]),
@@ -65,7 +65,7 @@ class DenseAnswers:
         """The answers in the tensors of `tensors`.
 
         Raises:
-            StepError: there is none, or it answers other prompts than these.
+            StepError: the tensors have no answers, or answers to other prompts.
         """
         try:
             answered = _cut(stored["answers.prompts"], stored["answers.prompt_lengths"])
@@ -92,7 +92,7 @@ def write_answers(
 
 
 def dense_record(dense: DenseAnswers, new_tokens: int, tokenizer: Any) -> dict[str, Any]:
-    """The record of the dense model itself: every answer is its own common prefix."""
+    """The record of the dense model itself: each answer equals its own."""
     lengths = [len(answer) for answer in dense.answers]
     texts = texts_of(dense.answers, tokenizer)
     return {"kl": 0.0, **_counts(dense, new_tokens), **_shared(lengths), "texts": texts}
@@ -139,7 +139,7 @@ def texts_of(answers: Rows, tokenizer: Any) -> list[str]:
 def _summed_kl(logits: Tensor, theirs: Tensor, head: Head) -> float:
     """KL(dense || cell), summed over the positions of an answer.
 
-    `logits` are the cell's [T, V], `theirs` the dense model's final states [T, H].
+    `logits` [T, V] are the cell's, `theirs` [T, H] the dense model's final states.
     """
     with torch.inference_mode():
         target = log_probs(head(theirs.to(logits.device)))  # [T, V]

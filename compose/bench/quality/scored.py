@@ -1,6 +1,6 @@
-"""A cell's decoder as a scored model: hidden states that are computed while skipping.
+"""A cell's decoder as a scored model: its hidden states are computed while skipping.
 
-`text_compute` is what a cell that skips spent on the very text that was scored.
+`text_compute` gives the compute that a cell that skips used on the scored text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Rows = list[list[int]]
 """Token ids, row by row."""
 
 Saves = Callable[[Usage], Saving]
-"""Counts the compute that was saved over tokens."""
+"""Counts saved compute over tokens."""
 
 
 class Scored(BranchingModel):
@@ -36,16 +36,16 @@ class Scored(BranchingModel):
         """`skipping` are `prompt`, `answer`, `hold` and `prompt_budget` of `Decoder.generate`."""
         self.decoder, self.budget, self.skipping = decoder, budget, skipping
         self.thresholds = None if budget is None else decoder.thresholds(budget)
-        """Those of the budget, calibrated."""
+        """The calibrated thresholds of the budget."""
         self.phases = FULL if budget is None else decoder.phases(budget, **skipping)
         self.parts = self.phases.differ
         self.reads = skipping.get("prompt_budget") is not None
-        """Whether prompts skip by thresholds that are for tokens of which nothing is predicted."""
+        """Whether prompts have separate thresholds, for tokens from which nothing is predicted."""
         self.used: dict[Phase, Usage] = {}
         """Usage of the tokens of prompts and of answers since `clear_used`."""
 
     def clear_used(self) -> None:
-        """Count what is written from zero."""
+        """Reset the counts of written text."""
         self.used = {}
 
     def _count(self, used: Mapping[Phase, Usage]) -> None:
@@ -53,7 +53,7 @@ class Scored(BranchingModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs must lie."""
+        """The device of the inputs."""
         return self.decoder.skipping.device
 
     @property
@@ -63,8 +63,8 @@ class Scored(BranchingModel):
         return tokenizer
 
     def hidden(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
-        """Token ids [B, S] -> final hidden states [B, S, H]; of text without padding the first
-        `read_of(S)` tokens are a prompt."""
+        """Token ids [B, S] -> final hidden states [B, S, H]. The first `read_of(S)` tokens of text
+        without padding are a prompt."""
         skipping, phases = self.decoder.skipping, self.phases
         cache = skipping.new_cache(*input_ids.shape)
         counts = None if lengths is None else lengths.tolist()
@@ -79,14 +79,14 @@ class Scored(BranchingModel):
         )
 
     def read_of(self, length: int) -> int:
-        """How many tokens of a block of running text are only context, where the cell's prompts
-        skip by thresholds of their own: half of them. Predictions at these are not scored."""
+        """How many tokens of a block of running text are context only: half of them where the
+        cell's prompts have separate thresholds. Predictions at these are not scored."""
         return length // 2 if self.reads else 0
 
     def generate(
         self, prompts: Sequence[list[int]], new_tokens: int, stop_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """Greedy continuations, decoded as the cell decodes."""
+        """Greedy continuations by the cell's decode settings."""
         mode: Mode = "plain" if self.thresholds is None else "skip"
         budget = 1.0 if self.budget is None else self.budget
         written = self.decoder.generate(
@@ -112,7 +112,7 @@ class Scored(BranchingModel):
         return after, skipping.forward(ids, copies, starts, self.phases.answer, counts)
 
     def _after(self, contexts: Sequence[list[int]], cache: Cache) -> Tensor:
-        """Final states [G, H] of the last tokens of contexts, which fill an empty cache."""
+        """Final states [G, H] of the contexts' last tokens, in an empty cache that they fill."""
         lengths = [len(context) for context in contexts]
         read = self._read(contexts, cache)
         places = torch.arange(len(contexts))
@@ -134,11 +134,12 @@ class Scored(BranchingModel):
         )
 
     def answer_states(self, prompts: Rows, answers: Rows) -> list[Tensor]:
-        """Of each answer, the final states [T, H] that predict its T tokens, as the cell decodes.
+        """For each answer, the final states [T, H] that predict its T tokens, computed as in
+        decoding.
 
-        The first token is predicted by the prompt's last state, which comes out of the prompt's
-        pass unless that token is apart, and each further one by a decoding step: a pass over an
-        answer has the bits of its tokens one by one.
+        The prompt's last state predicts the first token; it comes from the prefill unless that
+        token is computed apart. A decoding step predicts each further token. One pass over an
+        answer gives the same bits as its tokens one by one.
         """
         skipping, phases = self.decoder.skipping, self.phases
         before = skipping.usage.copy()
@@ -168,7 +169,7 @@ class Scored(BranchingModel):
         return states
 
     def answer_logits(self, prompts: Rows, answers: Rows) -> list[Tensor]:
-        """Of each answer, the logits [T, V] that predict its T tokens, as the cell decodes."""
+        """For each answer, the logits [T, V] that predict its T tokens, computed as in decoding."""
         states = self.answer_states(prompts, answers)
         return [self.decoder.skipping.head(hidden) for hidden in states]
 
@@ -178,7 +179,7 @@ class Scored(BranchingModel):
 
 
 def added(first: Mapping[Phase, Usage], second: Mapping[Phase, Usage]) -> dict[Phase, Usage]:
-    """Both counts of each phase together."""
+    """The sum of two counts, phase by phase."""
     both = first.keys() & second.keys()
     return {**first, **second, **{phase: first[phase].plus(second[phase]) for phase in both}}
 

@@ -1,7 +1,7 @@
-"""Token F1 and exact match of a written answer, as SQuAD v1.1 scores it (arXiv 1606.05250).
+"""Token F1 and exact match of a written answer, by the rules of SQuAD v1.1 (arXiv 1606.05250).
 
-Both texts are lower-cased and lose their punctuation and articles; F1 is that of their words as
-bags, the best over the answers that people gave. The task file `squad.yaml` names these functions.
+Both texts are lower-cased and lose their punctuation and articles. F1 compares their words as bags;
+the best score over the reference answers counts. The task file `squad.yaml` names these functions.
 """
 
 from __future__ import annotations

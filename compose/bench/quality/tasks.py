@@ -1,4 +1,4 @@
-"""Scoring a model on the tasks of lm-eval: `run_tasks`, and the model as lm-eval sees it.
+"""Scores a model on the tasks of lm-eval: `run_tasks`, and the model as lm-eval sees it.
 
 Importing this module loads lm-eval, which takes seconds.
 """
@@ -53,15 +53,16 @@ class TaskScore:
     value: float
     n: int
     ci95: tuple[float, float]
-    """Wilson's interval where a question is right or wrong, else bootstrapped."""
+    """Wilson's interval for answers that are right or wrong, otherwise a bootstrap interval."""
     data: str
     """Where the questions came from."""
     kind: Literal["likelihood", "generative"]
-    """Whether the model ranked given answers, or wrote its own."""
+    """Whether the model ranked given answers, or wrote them."""
     outcomes: tuple[float, ...]
     """The score of each question, in the order asked, to 4 decimals."""
     questions: str
-    """16 hex digits over the questions: outcomes of two models pair where these are equal."""
+    """Hash of the questions, 16 hex digits. Where it is equal, the outcomes of two models are
+    compared question by question."""
 
 
 def run_tasks(
@@ -76,12 +77,11 @@ def run_tasks(
 ) -> dict[str, TaskScore]:
     """Score `model` on tasks of lm-eval: its prompts and metrics, the first `limit` questions.
 
-    `written` is called with a task's name after each batch of its answers.
-
-    The tasks in `compose.assets.TASKS` are read from files here; others go through the hub.
+    `written` is called with a task's name after each batch of its answers. Tasks in
+    `compose.assets.TASKS` are read from local files; others come from the hub.
 
     Raises:
-        UserError: a task is unknown, or asks a model for free text that cannot generate it.
+        UserError: a task is unknown, or needs written answers from a model that cannot generate.
         AssetError: a task's questions are not available.
     """
     if not tasks:
@@ -103,16 +103,16 @@ def run_tasks(
             raise UserError(str(error), fix=f"choose among {', '.join(TASKS)}") from error
         except (ConnectionError, FileNotFoundError) as error:
             raise AssetError(
-                f"the questions of a task among {', '.join(tasks)} cannot be had: {error}",
+                f"the questions of a task among {', '.join(tasks)} are not available: {error}",
                 fix=f"go online, or choose among {', '.join(TASKS)}",
             ) from error
     return {name: _score(name, evaluation, origins.get(name, "hub:lm-eval")) for name in tasks}
 
 
 def _define(name: str, folder: Path, cache: Path | None, limit: int | None = None) -> str:
-    """Write lm-eval's own definition of the task with our rows as its data; returns their origin.
+    """Write lm-eval's definition of the task with our rows as its data; returns the rows' origin.
 
-    Only the first `limit` rows are written: lm-eval would prepare all of them otherwise.
+    Only the first `limit` rows are written: lm-eval would otherwise prepare all of them.
     """
     data = load_task(name, cache)
     definition = _definition(name, data.definition)
@@ -137,7 +137,7 @@ def _define(name: str, folder: Path, cache: Path | None, limit: int | None = Non
 
 
 def _definition(name: str, place: str) -> Path:
-    """The task's YAML file: ours, or the one that this version of lm-eval has."""
+    """The task's YAML file: this project's, or that of the installed lm-eval."""
     if place.startswith(OURS):
         return Path(__file__).parents[2] / "data" / "tasks" / place.removeprefix(OURS)
     theirs = Path(lm_eval.tasks.__file__).parent / place
@@ -147,12 +147,12 @@ def _definition(name: str, place: str) -> Path:
 
 
 def _manager(folder: Path, tasks: Sequence[str]) -> lm_eval.tasks.TaskManager:
-    """An index of the task files in `folder`, and of lm-eval's own where `tasks` name one of them.
+    """An index of the task files in `folder`, and of lm-eval's where `tasks` name one of them.
 
     Indexing lm-eval's thousands of tasks takes many seconds.
 
     Raises:
-        UserError: a task is in neither.
+        UserError: neither has a task of that name.
     """
     others = [name for name in tasks if name not in TASKS]
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=bool(others))
@@ -190,7 +190,7 @@ def _score(name: str, evaluation: dict[str, Any], origin: str) -> TaskScore:
 
 
 def _metric_of(name: str, measured: Mapping[str, Any]) -> tuple[str, str]:
-    """The metric to report and the filter of answers it belongs to, unfiltered ones first."""
+    """The metric to report and its answer filter, unfiltered ones first."""
     pairs = [key.split(",") for key in measured if "," in key and "_stderr" not in key]
     for metric in METRICS:
         filters = [filtered for key, filtered in pairs if key == metric]
@@ -217,7 +217,7 @@ def score_interval(value: float, outcomes: Sequence[float]) -> tuple[float, floa
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens a model takes, as its tokenizer states; absurd numbers are ignored."""
+    """How many tokens a model takes, by its tokenizer; absurd numbers are ignored."""
     length = getattr(tokenizer, "model_max_length", None)
     return length if isinstance(length, int) and length < 1 << 24 else FALLBACK_LENGTH
 
@@ -253,14 +253,14 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has no context."""
+        """The token that stands before a text without context."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids, with the tokens before a text that the tokenizer sets by itself."""
+        """Token ids, with the tokens that the tokenizer itself puts before a text."""
         begin = self.tokenizer.bos_token
         special = add_special_tokens
         if special is None:
@@ -295,7 +295,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """The greedy continuation of each context, cut where the task says."""
+        """The greedy continuation of each context, cut at the task's stop strings."""
         if not isinstance(self.model, GeneratingModel):
             names = sorted({str(request.task_name) for request in requests})
             raise NotImplementedError(f"{', '.join(names)}: this model cannot generate answers")
@@ -359,7 +359,8 @@ class _Request:
 
 
 def _batches(requests: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
-    """Requests of one task by `size`, those alike together and the longest prompts first."""
+    """Requests of one task in batches of `size`, equal settings together and the longest prompts
+    first."""
     for task in sorted({request.task for request in requests}):
         group = [request for request in requests if request.task == task]
         group.sort(key=lambda request: (request.limit, request.stops, -len(request.prompt)))

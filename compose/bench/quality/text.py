@@ -1,8 +1,8 @@
-"""Scoring running text: perplexity, and KL and greedy agreement to the dense model.
+"""Scores running text: perplexity, and KL and greedy agreement to the dense model.
 
-The model under test is anything that turns token ids into final hidden states and these into
-logits, so a model that skips branches is measured while it skips. Logits are computed in chunks:
-for a small model the LM head is a fifth of the work.
+The model under test turns token ids into final hidden states, and these into logits; a model that
+skips branches is measured while it skips. Logits are computed in chunks: for a small model the LM
+head is a fifth of the work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ScoredModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs must lie."""
+        """The device of its inputs."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -60,7 +60,7 @@ class ScoredModel(Protocol):
 class BlockScores:
     """How well a model predicts a text, and how close it is to the dense model there.
 
-    The distances are None, and `block_kl` is empty, where there is no dense model to compare with.
+    Without a dense model to compare with, the distances are None and `block_kl` is empty.
     """
 
     perplexity: float
@@ -71,16 +71,16 @@ class BlockScores:
     kl: float | None = None
     """Mean over all positions of KL(dense || model), in nats."""
     kl_median: float | None = None
-    """Median over positions of the same."""
+    """Median of KL over all positions, in nats."""
     kl_p90: float | None = None
-    """90th percentile over positions of the same."""
+    """90th percentile of KL over all positions, in nats."""
     block_kl: tuple[float, ...] = ()
-    """Mean of the same in each block."""
+    """Mean KL of each block, in nats."""
     agreement: float | None = None
-    """Share of positions at which both would choose the same next token."""
+    """Share of positions at which both have the same argmax token."""
     dense_nll: tuple[float, ...] = ()
-    """The dense model's `block_nll` on the same tokens, where only a part of each block is scored.
-    """
+    """The dense model's `block_nll` on the same tokens, where only a part of each block is
+    scored."""
 
 
 Reference = tuple[Tensor, Head]
@@ -100,7 +100,7 @@ def score_blocks(
     """Run `blocks` [N, S] once and measure perplexity, and the distance to `reference` if given.
 
     `keep` is called with the hidden states [B, S, H] of each batch. The first `after` tokens of
-    each block are only context: predictions at them do not count.
+    each block are context only: predictions at them do not count.
 
     Raises:
         StepError: the reference was computed from other blocks.
@@ -193,7 +193,7 @@ def score_reference(
 ) -> tuple[BlockScores, dict[str, Tensor]]:
     """Score the baseline on `blocks` [N, S]; the second value is the reference of the other cells.
 
-    It holds `hidden` [N, S, H] in the model's type, and `blocks`.
+    The reference has `hidden` [N, S, H] in the model's type, and `blocks`.
     """
     states: list[Tensor] = []
     scores = score_blocks(
@@ -207,7 +207,7 @@ def score_reference(
 
 
 def store(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write the baseline's tensors as safetensors; the file appears whole."""
+    """Write the baseline's tensors as safetensors; the file appears only when complete."""
     from safetensors.torch import save_file
 
     with new_file(path) as file:
@@ -233,7 +233,7 @@ def load_blocks(stored: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
     """The baseline's final hidden states [N, S, H] of exactly these `blocks` [N, S].
 
     Raises:
-        StepError: it scored other text, or none.
+        StepError: the baseline scored other text, or none.
     """
     if "blocks" not in stored or not torch.equal(stored["blocks"], blocks.cpu()):
         raise StepError(
@@ -247,8 +247,8 @@ def load_blocks(stored: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
 def load_head(folder: Path) -> Head:
     """The LM head of a model folder, read without the rest of the model unless it is packed.
 
-    It multiplies in float32 whatever the weights' type: logits rounded to bfloat16 would add a KL
-    of their own.
+    It multiplies in float32 whatever the weights' type: rounding logits to bfloat16 would add to
+    the KL.
 
     Raises:
         StepError: the folder has no such weight.
@@ -281,7 +281,7 @@ def _read_weight(folder: Path, names: Sequence[str]) -> Tensor | None:
 
 
 def _unpacked_head(folder: Path) -> Tensor | None:
-    """The weights of a head that is stored as codes, as a folder of integers has it."""
+    """The weights of a head that the folder stores as integer codes."""
     weight = getattr(load_model(folder).get_output_embeddings(), "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return None

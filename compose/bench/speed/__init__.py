@@ -1,1 +1,1 @@
-"""How fast a cell is: workloads, turns, memory, the machine's limits."""
+"""The speed of a cell: workloads, turns, memory, the machine's limits."""

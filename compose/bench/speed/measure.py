@@ -1,7 +1,7 @@
-"""What is timed in a turn of a cell: prompts read and continued once, in one shape.
+"""Times a turn of a cell: prompts in one shape are prefilled and continued once.
 
-Beside it what a model folder takes (bytes on disk and in memory, multiply-adds), and the machine's
-roofline: memory bandwidth bounds decoding, arithmetic bounds prefill.
+Also measures the size of a model folder (bytes on disk and in memory, multiply-adds) and the
+machine's roofline: memory bandwidth bounds decoding, arithmetic bounds prefill.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WARM_TOKENS = 16  # of the prompt: they bring weights into memory before its use
 class SpeedTurns:
     """The turns of one cell; the runner alternates them with those of other cells.
 
-    Only `new tokens - rows` count as decoded: the first token of each row comes out of prefill.
+    Only `new tokens - rows` count as decoded: the first token of each row comes from prefill.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class SpeedTurns:
         self._seed = 0  # of the next prompts' samples: each time others
         self._timed = False
         self._held = 0
-        """Bytes that the process held before the shape that is measured now."""
+        """Bytes that the process used before the shape that is measured now."""
 
     def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
-        """Run a whole turn of a shape that is not counted, so that everything made on first use
+        """Run a whole turn of a shape without counting it, so that everything made on first use
         exists.
 
-        The process's peak counts from here, with the weights in memory.
+        The peak memory of the process counts from here, with the weights in memory.
         """
         if not self._timed:
             self._timed = True
@@ -121,7 +121,8 @@ class SpeedTurns:
         return turn
 
     def _generate(self, rows: Rows, new_tokens: int, category: str = "") -> Generation:
-        """Continue prompts; those of a category end as answers do, running text goes on."""
+        """Continue prompts. Those of a category stop where an answer ends; running text does
+        not."""
         self._seed += 1
         drawn: dict[str, Any] = {"sampler": self.sampler, "seed": self._seed}
         stop = stop_token_ids(self.decoder) if category else ()
@@ -135,7 +136,8 @@ class SpeedTurns:
         return self.decoder.skipping.cache_bytes(len(rows), capacity)
 
     def _engine_seconds(self) -> dict[str, float]:
-        """Seconds that native code has spent so far by part, drafts included; empty elsewhere."""
+        """Seconds that native code has used so far, by part, drafts included; empty for other
+        backends."""
         total: dict[str, float] = {}
         for model in self.decoder.models():
             if model.engine is not None:
@@ -145,7 +147,7 @@ class SpeedTurns:
 
 
 def speculation_counts(stats: Stats) -> dict[str, Any]:
-    """The draft's name, and the drafts' outcomes as counts that can be added up."""
+    """The draft's name, and counts of the drafts' outcomes, which can be added up."""
     return {
         "draft_length_histogram": {str(n): times for n, times in stats.draft_lengths.items()},
         "drafted": stats.drafted,
@@ -160,7 +162,7 @@ def speculation_counts(stats: Stats) -> dict[str, Any]:
 
 
 def usable_cores() -> int | None:
-    """On how many cores the system lets this process run; None where it does not tell."""
+    """Number of cores that this process may use; None where the system does not tell."""
     affinity: Callable[[int], Sequence[int]] | None = getattr(os, "sched_getaffinity", None)
     return None if affinity is None else len(affinity(0))
 
@@ -178,7 +180,7 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 @lru_cache
 def dense_work(folder: Path) -> Work:
-    """Multiply-adds of the model in a folder, whose weights are not read."""
+    """Multiply-adds of the model in a folder, without reading its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)

@@ -1,7 +1,7 @@
 """Times drafts of one folder against each other in one process, for `gateskip tune-draft`.
 
 Each repeat runs every system on every batch of every workload once. Cells of a run, and systems of
-`gateskip bench`, have processes of their own: see `compose.run.speed`.
+`gateskip bench`, have separate processes: see `compose.run.speed`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Run:
     prompt_tokens: int
     prefill_s: float
     decoded: int
-    """New tokens but the first of each row, which comes out of prefill."""
+    """New tokens without the first one of each row, which comes from prefill."""
     decode_s: float
     drafted: int = 0
     accepted: int = 0
 
 
 class Runner:
-    """Our decoder under a system's settings: prompts as token ids in, greedy continuations out."""
+    """The decoder under a system's settings: prompts as token ids in, greedy continuations out."""
 
     def __init__(self, decoder: Decoder, system: System) -> None:
         self.decoder, self.system = decoder, system
@@ -94,7 +94,7 @@ class Measurement:
 def runners_of(decoder: Decoder, names: Sequence[str]) -> dict[str, Runner]:
     """Name of a system -> the function that runs it.
 
-    Raises UserError for a system that is not known, or that the folder cannot run.
+    Raises UserError for an unknown system, or one that the folder cannot run.
     """
     systems = [parse_system(name) for name in names]
     for system in systems:

@@ -1,4 +1,4 @@
-"""Names of the ways in which our decoder runs a folder: `plain`, `skip:0.8`, `draft:1+int4`, ..."""
+"""Names of the decode settings of a folder: `plain`, `skip:0.8`, `draft:1+int4`, ..."""
 
 from __future__ import annotations
 
@@ -17,44 +17,48 @@ SKIPS: dict[str, dict[str, Any]] = {
 }
 """Settings of a system that skips, by the word that names them."""
 DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned")
-"""The draft, where it is not the model itself: `Weights` of `gateskip.decoding`."""
+"""Draft models other than the model itself: `Weights` of `gateskip.decoding`."""
 UNSAID: dict[str, Any] = {"draft_weights": "own", "lookup": False}
-"""The settings of a draft that names only its budget."""
+"""The settings of a draft whose name gives only its budget."""
 VERIFY, PROMPT = "verify", "prompt"
 KV_SUFFIX = "+int8-kv"
+FORMS = (
+    "use plain, skip:BUDGET or draft:BUDGET, as in skip:0.8, draft:1+int4 or gathered:skip:0.8; "
+    "`gateskip bench --help` lists all forms"
+)
 
 
 @dataclass(frozen=True)
 class System:
-    """One way of decoding a folder."""
+    """One set of decode settings."""
 
     name: str
-    """The text that names it."""
+    """Its name."""
     settings: dict[str, Any]
     """Arguments of Decoder.generate."""
     backend: str | None = None
-    """The backend that runs it, where it is not the one that the folder is loaded with."""
+    """Its backend, where it is not the one with which the folder is loaded."""
 
 
 def parse_system(text: str) -> System:
-    """`plain`, `skip:BUDGET` with `+full-prompt`, `+full-answer`, `+hold` or `+prompt0.8` (a budget
-    for prompts), `draft:BUDGET` with `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head` or
-    `+learned`, `+lookup`, `+LENGTH`, `+prompt0.8`, and `+verify0.8` where drafts are verified as
-    `skip:0.8` decodes; any of these before `+int8-kv` (keys and values in 8 bits), and after a
-    backend, as in `gathered:skip:0.8`.
+    """`plain`; `skip:BUDGET` with `+full-prompt`, `+full-answer`, `+hold` or `+prompt0.8` (a budget
+    for prompts); `draft:BUDGET` with `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head` or
+    `+learned`, `+lookup`, `+LENGTH`, `+prompt0.8`, and `+verify0.8` to verify drafts as `skip:0.8`
+    decodes. Each may end in `+int8-kv` (KV cache in 8 bits) and begin with a backend, as in
+    `gathered:skip:0.8`.
 
-    Raises UserError for anything else.
+    Raises UserError for any other name.
     """
     if text.endswith(KV_SUFFIX):
         system = parse_system(text.removesuffix(KV_SUFFIX))
         return replace(system, name=text, settings={**system.settings, "kv_cache": "int8"})
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
-        raise UserError(f"system {text!r}: {suggest(kind, KINDS)}", fix=parse_system.__doc__)
+        raise UserError(f"system {text!r}: {suggest(kind, KINDS)}", fix=FORMS)
     if kind in BACKENDS:
         system = parse_system(rest or "plain")
         if system.backend:
-            raise UserError(f"system {text!r}: two backends", fix=parse_system.__doc__)
+            raise UserError(f"system {text!r} names two backends", fix=FORMS)
         return replace(system, name=text, backend=kind)
     if kind == "plain":
         return System(text, {"mode": "plain"})
@@ -81,7 +85,8 @@ def parse_system(text: str) -> System:
 
 
 def _skip_settings(words: list[str]) -> dict[str, Any]:
-    """The settings that the words after a budget name. Raises ValueError for an unknown one."""
+    """The settings that the words after a budget stand for. Raises ValueError for an unknown
+    word."""
     settings: dict[str, Any] = {}
     for word in words:
         if word.startswith(PROMPT):

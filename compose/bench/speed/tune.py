@@ -1,8 +1,8 @@
-"""`gateskip tune-draft`: the draft that decodes a folder fastest on the user's own prompts.
+"""`gateskip tune-draft`: finds the draft that decodes a folder fastest on the user's own prompts.
 
 The candidates are every kind of draft at every calibrated budget. A first round on a few prompts
-selects the fastest. To the best draft that skips, others are added that allocate its budget among
-branches in other ways, calibrated on the prompts and their answers; a second round on all prompts
+selects the fastest. Further candidates are made of the best draft that skips: other allocations of
+its budget over branches, calibrated on the prompts and their answers. A second round on all prompts
 decides. Plain decoding runs in both rounds, and wins where no draft is faster. Verification makes
 every candidate give the same text, so only speed is compared.
 """
@@ -49,11 +49,11 @@ def tune(
     progress: Progress | None = None,
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Time the candidates on `prompts`; with `write`, the best becomes the folder's own setting.
+    """Time the candidates on `prompts`; with `write`, the best becomes the folder's setting.
 
     Returns `best`, its `speedup` over plain decoding with an interval from pairs of the repeats
     (`speedup_ci95`, None with one repeat), and the measurements of the `first` and the `second`
-    round. Where that interval reaches down to 1, no draft is shown to be faster: plain is best.
+    round. Where the interval includes 1, no draft is shown to be faster, and plain is best.
 
     Raises:
         AssetError: the prompts are not available.
@@ -111,7 +111,7 @@ def candidates(decoder: Decoder) -> list[str]:
 def allocated(
     decoder: Decoder, folder: Path, workloads: Workloads, name: str, new_tokens: int
 ) -> dict[str, list[float]]:
-    """Name -> thresholds of a skipping draft's budget under every allocation that is possible."""
+    """Name -> thresholds of a skipping draft's budget under every possible allocation."""
     file = load_gates(folder)
     assert file is not None, "a folder that skips has gates"
     rows = [row for groups in workloads.values() for rows in groups for row in rows]
@@ -137,7 +137,7 @@ def allocated(
 
 
 def with_thresholds(decoder: Decoder, budget: float, row: Sequence[float]) -> Decoder:
-    """The same decoder, except that a budget means these thresholds."""
+    """The same decoder with other thresholds for a budget."""
     other = copy.copy(decoder)
     other.grid = {**decoder.grid, budget: list(row)}
     other.forget_draft_costs()
@@ -156,13 +156,14 @@ def speedup(measurements: Sequence[Measurement], name: str) -> float:
 
 
 def speedup_interval(measurements: Sequence[Measurement], name: str) -> Estimate | None:
-    """The same with a 95 % interval from the repeats; None with fewer than two, and for plain."""
+    """The same with a 95 % interval from the repeats; None for plain, or with fewer than two
+    repeats."""
     logs = _log_ratios(measurements, name)
     return None if name == PLAIN or len(logs) < 2 else exp_t_interval(logs)
 
 
 def _log_ratios(measurements: Sequence[Measurement], name: str) -> list[float]:
-    """Repeat by repeat the log of the ratio to plain decoding, mean over the workloads."""
+    """For each repeat the log of the ratio to plain decoding, mean over the workloads."""
     plain = {entry.workload: entry.decode for entry in measurements if entry.system == PLAIN}
     ratios = [
         [
@@ -176,7 +177,7 @@ def _log_ratios(measurements: Sequence[Measurement], name: str) -> list[float]:
 
 
 def decode_of(name: str) -> dict[str, Any]:
-    """A system as the settings that a folder is decoded by."""
+    """A system as decode settings of a folder."""
     if name == PLAIN:
         return {"mode": "plain"}
     return parse_system(name.split()[0]).settings | {"draft_length": "auto"}
@@ -189,8 +190,8 @@ def write_decode(
     prompts: str,
     thresholds: Sequence[float] | None = None,
 ) -> None:
-    """Write `decode` into the folder's settings, and into its lineage where it has one, and also
-    the thresholds of its budget where they were calibrated anew."""
+    """Write `decode` into the folder's settings, and into its lineage where it has one. Also write
+    the thresholds of its budget where they were calibrated again."""
     if thresholds is not None:
         file = load_gates(folder)
         assert file is not None, "a folder that skips has gates"

@@ -1,8 +1,8 @@
-"""Prompts that systems are timed on, and the turns of a cell added up to a repeat.
+"""Prompts on which systems are timed, and the turns of a cell added up to a repeat.
 
 Prompts are running text of exact lengths, or a file's by category. Speeds of a repeat are sums of
-tokens over sums of seconds, so many short turns are what one long turn would have been, but spread
-over the time in which the other cells had theirs.
+tokens over sums of seconds. So many short turns equal one long turn, but they are spread over the
+time in which the other cells have theirs.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class TurnText(NamedTuple):
     context: int
     """Tokens of a prompt; 0 with a category."""
     category: str
-    """Of the prompts of a file; empty for running text."""
+    """Category of the prompts in a file; empty for running text."""
     round: int
-    """Each round reads other text, so that an interval over rounds is one over texts."""
+    """Number of the round. Each round takes other text, so that an interval over rounds is one over
+    texts."""
 
 
 def rows_of(
@@ -83,21 +84,21 @@ def running_text(
     cache: Path | None,
     number: int = 0,
 ) -> Rows:
-    """`batch` rows of `context` tokens of heldout-text, for each number the next ones, until the
-    text begins again. Their exact length keeps the time from depending on how prompts end."""
+    """`batch` rows of `context` tokens of heldout-text; each number takes the next ones, and starts
+    again at the end. With exact lengths the time does not depend on how prompts end."""
     text = load_texts("heldout-text", None, cache)
     rows: Rows = token_blocks(text, tokenizer, context, (number + 1) * batch).tolist()
     return _next(rows, number, batch)
 
 
 def _next(all_of_them: list[T], number: int, count: int) -> list[T]:
-    """The `number`-th `count` of a list that begins again where it ends."""
+    """The `number`-th group of `count` items; the list starts again at its end."""
     first = number * count
     return [all_of_them[i % len(all_of_them)] for i in range(first, first + count)]
 
 
 def categories(source: str, cache: Path | None) -> list[str]:
-    """The categories of a file's prompts, in their order; no tokenizer is needed.
+    """The categories of a file's prompts, in their order, without a tokenizer.
 
     Raises AssetError where `source` is not available.
     """
@@ -129,7 +130,8 @@ def _texts_by_category(source: str, cache: Path | None) -> dict[str, list[str]]:
 
 
 Turn = Mapping[str, Any]
-"""What a cell's process tells of one turn; see `compose.bench.speed.measure.SpeedTurns.measure`."""
+"""The record of one turn from a cell's process; see
+`compose.bench.speed.measure.SpeedTurns.measure`."""
 
 SUMS = ("prompt_tokens", "prefill_s", "tokens", "decode_s")
 LARGEST = ("resident_bytes", "peak_bytes", "cache_bytes", "beside_bytes", "threads", "affinity")
@@ -174,8 +176,8 @@ def mean_compute(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def add_speculation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of speculation, added up: of the turns of a repeat, or of the repeats of a cell; with
-    what drafted in the last one."""
+    """Sums of the counts of speculation, over the turns of a repeat or the repeats of a cell, with
+    the draft's name in the last one."""
     longest = max(len(record["positions"]) for record in records)
     positions = [[0, 0] for _ in range(longest)]
     for record in records:

@@ -1,10 +1,10 @@
-"""The stage `prune-branches`: branches that gates (almost) always skip are removed for good.
+"""The stage `prune-branches`: removes branches that gates (almost) always skip.
 
 A layer that loses both branches is dropped: the config says so, and file, memory, cache and time
-shrink everywhere. A plain config cannot say that a layer lacks one of them. Such a branch stays in
-the file with an output of zero and a threshold that no token reaches. gateskip never enters it, so
-its weights are not read (those of keys and values are, under the KV rule `project`). Plain
-transformers multiplies by the zeros.
+shrink everywhere. A plain config cannot say that a layer lacks one of its branches. Such a branch
+stays in the file with an output of zero and a threshold that no token reaches. gateskip never
+enters it, so its weights are not read (except those of keys and values under the KV rule
+`project`). Plain transformers multiplies by the zeros.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Unit = tuple[int, ...]
-"""Branches that go or stay together."""
+"""Branches that are removed together."""
 
 
 class PruneBranches(Pruning):
@@ -47,21 +47,22 @@ class PruneBranches(Pruning):
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, lt=1)
-    """The budget at which the gates are evaluated."""
+    """Budget at which the gates are evaluated."""
 
     share: float = Field(default=0.02, ge=0, lt=1)
-    """A branch may go when at most this share of tokens enters it."""
+    """A branch may be removed when at most this share of tokens enters it."""
 
     rise: float = Field(default=0.05, gt=0)
-    """A branch stays when the calibration loss rises by more without it, in nats a token. Gates do
-    not decide on the first token, which may need branches that the others skip."""
+    """A branch stays when removing it raises the calibration loss by more than this, in nats a
+    token. The check is needed because the first token enters every branch: it may need branches
+    that other tokens skip."""
 
     single: Literal["zero", "keep"] = "zero"
-    """Treatment of a branch whose neighbour in the layer stays: its output becomes zero and no
-    token enters it, or it is kept, and only whole layers are removed."""
+    """What happens to a branch whose neighbour in the layer stays. `zero` sets its output to zero,
+    and no token enters it; `keep` keeps it, and only whole layers are removed."""
 
     def tolerates(self, rule: str) -> bool:
-        """It may stand after gates, because it follows their decisions."""
+        """It may come after gates, because it uses their decisions."""
         return rule == "prune-after-gate"
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
@@ -74,20 +75,21 @@ class PruneBranches(Pruning):
         if self.budget < min(gates.budgets):
             raise RuleBroken(
                 "budget-calibrated",
-                f"prune-branches asks the gates at budget {self.budget}, and the lowest that they"
+                f"prune-branches uses the gates at budget {self.budget}, but the lowest that they"
                 f" are calibrated for is {min(gates.budgets)}",
                 fix=f"set budget: {min(gates.budgets)}, or add {self.budget} to the gates' budgets",
             )
         if self.single == "keep" and gates.branches != "both":
             raise RuleBroken(
                 "layers-fit",
-                f"gates that skip only {gates.branches} branches leave every layer the other one,"
-                " so no whole layer can go",
+                f"gates that skip only {gates.branches} branches never skip a whole layer, so"
+                " single: keep removes nothing",
                 fix="set single: zero, or let the gates skip both",
             )
 
     def reshape(self, shape: ModelShape) -> ModelShape:
-        """The same shape: the number of removed layers depends on the gates; it can only shrink."""
+        """The same shape: how many layers are removed depends on the gates, and a removal can only
+        shrink it."""
         return shape
 
     def run(self, job: StageJob) -> dict[str, Any]:
@@ -130,8 +132,8 @@ class PruneBranches(Pruning):
         }
 
     def _units(self, shares: list[float]) -> list[Unit]:
-        """Units that may be removed, least used first: branches, or layers where single branches
-        are kept."""
+        """Units that may be removed, the least used first: branches, or layers where single
+        branches are kept."""
         rare = [unit for unit in self._all_units(shares) if _most(shares, unit) <= self.share]
         return sorted(rare, key=lambda unit: _most(shares, unit))
 
@@ -144,7 +146,7 @@ class PruneBranches(Pruning):
     ) -> tuple[set[int], dict[Unit, float]]:
         """Zero the units one after another; undo where the loss rises too far.
 
-        Returns the removed branches, and the loss that the spared units would have cost.
+        Returns the removed branches, and the loss that each unit would have cost that stayed.
         """
         gone: set[int] = set()
         spared: dict[Unit, float] = {}
@@ -172,15 +174,17 @@ class PruneBranches(Pruning):
         if spared:
             unit = min(spared, key=spared.__getitem__)
             return UserError(
-                f"removing any {what} that tokens skip at budget {self.budget} raises the loss: "
-                f"{' and '.join(map(_name, unit))} raises it least, by {spared[unit]:.3g} nats",
-                fix=f"set rise: {_above(spared[unit])}, or use skip, which asks for each token",
+                f"removing any {what} that tokens skip at budget {self.budget} raises the loss by "
+                f"more than rise: {' and '.join(map(_name, unit))} raises it least, by "
+                f"{spared[unit]:.3g} nats",
+                fix=f"set rise: {_above(spared[unit])}, or use skip, which decides token by token",
             )
         unit = min(self._all_units(shares), key=lambda candidate: _most(shares, candidate))
         nearest = _most(shares, unit)
         return UserError(
-            f"no {what} is entered by at most {self.share:.3g} of the tokens at budget "
-            f"{self.budget}: the nearest is {' and '.join(map(_name, unit))}, by {nearest:.3g}",
+            f"more than {self.share:.3g} of the tokens enter each {what} at budget "
+            f"{self.budget}; the smallest share, {nearest:.3g}, enters"
+            f" {' and '.join(map(_name, unit))}",
             fix=f"set share: {_above(nearest)}, or a lower budget",
         )
 
@@ -200,11 +204,11 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
 
     file = load_gates(job.source)
     if file is None:
-        raise UserError(f"{job.source} carries no gates", fix="put a gate stage before")
+        raise UserError(f"{job.source} has no gates", fix="put a gate stage before")
     try:
         thresholds = file.budgets.at(budget)
     except ValueError as error:
-        raise UserError(str(error), fix="name a budget that was calibrated") from error
+        raise UserError(str(error), fix="use a calibrated budget") from error
     assert thresholds is not None, "budgets are below 1"
     gates = file.gates.to(blocks.device)
     gates.attach(model)
@@ -218,7 +222,7 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
     with torch.inference_mode():
         for done, block in enumerate(blocks.split(1)):
             masked_forward(model, block, gates, rule, file.kv_rule)
-            job.progress(done + 1, len(blocks), "asking the gates")
+            job.progress(done + 1, len(blocks), "evaluating the gates")
     shares: list[float] = (entered / len(blocks)).tolist()
     return shares
 

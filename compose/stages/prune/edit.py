@@ -1,4 +1,5 @@
-"""Functions of all pruning stages: loading, the loss on text, hooks, cutting layers and weights."""
+"""Functions that all pruning stages share: loading, the loss on text, hooks, cutting layers and
+weights."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ class Pruning(Stage):
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     def held(self) -> float:
-        """The file as it is mapped; with gates whose thresholds come from decoded text the model is
-        in float32, which is not known here."""
+        """The mapped file. (With gates calibrated on decoded text the model is in float32; planning
+        does not know that.)"""
         return AS_STORED
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
@@ -53,16 +54,16 @@ class Pruning(Stage):
 
 
 def require_layout(stage: Stage, shape: ModelShape, families: tuple[str, ...]) -> None:
-    """Refuse a family whose weights the stage does not know by name.
+    """Refuse a family whose weight names the stage does not know.
 
     Raises:
-        RuleBroken: `layout-known`, naming the family and those that are known.
+        RuleBroken: `layout-known`, naming the family and the known ones.
     """
     if shape.model_type not in families:
         raise RuleBroken(
             "layout-known",
             f"{stage.use} cannot cut a {shape.model_type} model: {RULES['layout-known']}",
-            fix=f"use drop-layers, or take one of {', '.join(families)}",
+            fix=f"use drop-layers, or a model of type {', '.join(families)}",
         )
 
 
@@ -75,7 +76,7 @@ class Hook(Protocol):
 
 
 def refuse_long_rope(shape: ModelShape, rule: str, other: str) -> None:
-    """Refuse to change a size by which a long-context Phi3 counts its rotary factors.
+    """Refuse to change a size that a long-context Phi3 uses to count its rotary factors.
 
     Raises:
         RuleBroken: `rule`; `other` names that size in the message.
@@ -83,8 +84,8 @@ def refuse_long_rope(shape: ModelShape, rule: str, other: str) -> None:
     if shape.model_type == "phi3" and shape.long_rope:
         raise RuleBroken(
             rule,
-            "a phi3 config with long-rope factors counts them by hidden size over heads, so it"
-            f" refuses any other {other}",
+            "a phi3 config with long-rope factors needs as many as hidden size / heads / 2, so"
+            f" the {other} cannot change",
             fix="use prune-width or drop-layers",
         )
 
@@ -165,7 +166,7 @@ def run_hooked(
 
 
 def keep_layers(model: Any, layers: list[int]) -> None:
-    """Leave only these decoder layers, renumbered, and say so in the config."""
+    """Keep only these decoder layers, renumber them, and state their number in the config."""
     from torch import nn
 
     from gateskip.model.families import backbone
@@ -184,13 +185,13 @@ def keep_layers(model: Any, layers: list[int]) -> None:
 
 
 def narrowed(weight: Tensor, old: Tensor, job: StageJob) -> Tensor:
-    """New weights in float32 for a layer that had `old`, in the type in which they will be saved
-    where that is the layer's own: a whole model of them in float32 is not held."""
+    """New float32 weights for a layer that had `old`, rounded to the type in which they will be
+    saved where the layer has it: the whole model never exists in float32."""
     return weight.to(old.dtype) if str(old.dtype) == f"torch.{job.dtype}" else weight
 
 
 def keep_rows(linear: Any, rows: Tensor) -> None:
-    """Leave a linear layer only these outputs."""
+    """Keep only these outputs of a linear layer."""
     from torch import nn
 
     linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
@@ -200,7 +201,7 @@ def keep_rows(linear: Any, rows: Tensor) -> None:
 
 
 def keep_columns(linear: Any, columns: Tensor) -> None:
-    """Leave a linear layer only these inputs."""
+    """Keep only these inputs of a linear layer."""
     from torch import nn
 
     linear.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())

@@ -1,4 +1,4 @@
-"""The stage `prune-heads`: KV groups, or query heads of each group, are removed from all layers."""
+"""The stage `prune-heads`: removes KV groups, or query heads of each group, from all layers."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LAYOUTS = tuple(family for family in GATED_MLP if family != "olmo2")
-"""Families whose heads can be told apart; OLMo2 norms the queries of all heads as one vector."""
+"""Families whose heads can be cut apart. OLMo2 is not one: it norms the queries of all heads as one
+vector."""
 
 HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
 """Families whose config refuses a number of heads that does not divide the hidden size."""
 
 
 class PruneHeads(Pruning):
-    """Remove the least important attention heads, as many from every layer."""
+    """Remove the least important attention heads, the same number from every layer."""
 
     version: ClassVar[int] = 2
     example: ClassVar[Mapping[str, Any]] = {"count": 3}
@@ -45,22 +46,22 @@ class PruneHeads(Pruning):
     """The stage's name."""
 
     count: int = Field(ge=1)
-    """How many query heads go from each layer."""
+    """Number of query heads that are removed from each layer."""
 
     take: Literal["groups", "queries"] = "groups"
-    """The heads that are removed: `groups` are KV heads with all their query heads, which makes the
-    cache smaller too; `queries` are as many query heads of every KV head."""
+    """Which heads are removed together. `groups`: KV heads with all their query heads, which also
+    shrinks the KV cache. `queries`: the same number of query heads from every KV head."""
 
     importance: Importance = "activation"
-    """How heads are ranked: by their contribution on text (`activation`), by the loss's gradient in
-    them there (`taylor`), or by their weights alone (`magnitude`)."""
+    """How heads are ranked: by their contribution on text (`activation`), by the loss's gradient
+    there (`taylor`), or by their weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether output projections are re-fitted by least squares, so that the remaining heads
-    replace those that were removed. Takes all of the calibration text."""
+    replace the removed ones. It uses all of the calibration text."""
 
     def counts(self, shape: ModelShape) -> list[int]:
-        """Every `count` that leaves a plain config of this shape.
+        """Every `count` that a plain config of this shape can state.
 
         >>> SmolLM2 = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
         >>> PruneHeads(count=3).counts(SmolLM2), PruneHeads(count=3, take="queries").counts(SmolLM2)
@@ -75,7 +76,7 @@ class PruneHeads(Pruning):
         ]
 
     def _step(self, shape: ModelShape) -> int:
-        """How many heads go at least: one group, or one of each group."""
+        """The least number of heads that can be removed: one group, or one head of each group."""
         groups = shape.num_kv_heads
         return shape.num_heads // groups if self.take == "groups" else groups
 
@@ -95,18 +96,18 @@ class PruneHeads(Pruning):
         step, left = self._step(shape), shape.num_heads - self.count
         if self.count % step:
             how = f"by whole groups of {step}" if self.take == "groups" else f"from {step} groups"
-            return f"prune-heads cannot take {self.count} of {shape.num_heads} heads {how} evenly"
+            return f"prune-heads cannot remove {self.count} of {shape.num_heads} heads {how} evenly"
         if left < step:
-            return f"prune-heads takes {self.count} of {shape.num_heads} heads: {step} must stay"
+            return f"prune-heads removes {self.count} of {shape.num_heads} heads: {step} must stay"
         return (
-            f"prune-heads leaves {left} heads, and a {shape.model_type} config asks for a number"
+            f"prune-heads leaves {left} heads, but a {shape.model_type} config needs a number"
             f" that divides the hidden size, {shape.hidden_size}"
         )
 
     def _nearest(self, fitting: list[int]) -> str:
         if not fitting:
             other = "queries" if self.take == "groups" else "groups"
-            return f"no count fits: set take: {other}"
+            return f"no count fits with take: {self.take}; set take: {other}"
         return f"set count: {min(fitting, key=lambda count: abs(count - self.count))}"
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
@@ -175,7 +176,7 @@ class PruneHeads(Pruning):
     def _left(self, squares: Tensor) -> Tensor:
         """Numbers of the heads that stay, [kept groups, kept of each]. squares [groups, of each].
 
-        Both are in their old order, so that a query head still finds its KV head by division.
+        Both keep their old order, so that a query head still finds its KV head by division.
         """
         import torch
 
@@ -198,7 +199,7 @@ def _queries(attention: Any, shape: ModelShape) -> Tensor:
 
 
 def cut_heads(attention: Any, heads: Tensor, shape: ModelShape) -> Tensor:
-    """Leave only these query heads [kept groups, kept of each] and the KV heads that they read.
+    """Keep only these query heads [kept groups, kept of each] and the KV heads that they read.
 
     Returns the channels of the heads' outputs that stay.
     """

@@ -1,4 +1,4 @@
-"""The stage `prune-hidden`: the least important channels of the residual stream are removed."""
+"""The stage `prune-hidden`: removes the least important channels of the residual stream."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROUNDINGS = (64, 32, 16, 8, 4, 2, 1)
 
 
 class PruneHidden(Pruning):
-    """Remove the least important channels of the residual stream from all weights that touch it."""
+    """Remove the least important channels of the residual stream from all weights that use it."""
 
     version: ClassVar[int] = 2
     example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
@@ -48,20 +48,20 @@ class PruneHidden(Pruning):
     """The stage's name."""
 
     ratio: float = Field(gt=0, lt=1)
-    """The share of the channels to remove."""
+    """Share of the channels that is removed."""
 
     round_to: int = Field(default=64, ge=1)
-    """The size that is kept is rounded down to a multiple of this, and of the number of heads where
-    the config asks for it."""
+    """The remaining size is rounded down to a multiple of this, and of the number of heads where
+    the config requires it."""
 
     importance: Importance = "activation"
     """How channels are ranked: by their contribution to all layers that read them on text
-    (`activation`), by the loss's gradient in them there (`taylor`), or by the weights alone
-    (`magnitude`)."""
+    (`activation`), by the loss's gradient there (`taylor`), or by the weights alone (`magnitude`).
+    """
 
     refit: bool = True
     """Whether layers that read the residual stream are re-fitted by least squares, so that the
-    remaining channels replace those that were removed. Takes all of the calibration text."""
+    remaining channels replace the removed ones. It uses all of the calibration text."""
 
     def kept_size(self, shape: ModelShape) -> int:
         """How many channels stay; 0 where no multiple fits.
@@ -89,8 +89,8 @@ class PruneHidden(Pruning):
         if self.kept_size(shape) == 0:
             raise RuleBroken(
                 "hidden-fits",
-                f"prune-hidden keeps {1 - self.ratio:.3g} of {shape.hidden_size} channels, and what"
-                f" stays must be a multiple of {self._step(shape)}",
+                f"prune-hidden keeps {1 - self.ratio:.3g} of {shape.hidden_size} channels, but"
+                f" the remaining number must be a multiple of {self._step(shape)}",
                 fix=self._nearest(shape),
             )
 
@@ -100,10 +100,10 @@ class PruneHidden(Pruning):
             nearest = self.model_copy(update={"round_to": size}).kept_size(shape)
             if nearest >= NEAR * target:
                 return f"set round_to: {size}, which keeps {nearest}"
-        return "take a smaller ratio, or prune-width"
+        return "use a smaller ratio, or prune-width"
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Gram matrices of the channels, two a layer, and the memory of all pruning; then the
+        """Gram matrices of the channels, two per layer, and the memory of all pruning; then the
         remaining weights."""
         stored = AS_STORED * (1 - self.ratio) * shape.weights
         fit = 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
@@ -145,7 +145,7 @@ class PruneHidden(Pruning):
 def _refit(
     linears: list[Any], channels: Tensor, grams: list[Tensor], tokens: int, job: StageJob
 ) -> None:
-    """Re-fit the layers that read the residual stream for `channels`, one after another; each Gram
+    """Re-fit the layers that read the residual stream for `channels`, one after another. Each Gram
     matrix is freed once its layers are fitted."""
     from torch import nn
 
@@ -166,7 +166,8 @@ def readers(model: Any) -> Iterator[Any]:
 
 
 def residual_norms(model: Any) -> list[nn.Module]:
-    """Norms over the residual stream or over the branches' outputs; those of heads lie deeper."""
+    """Norms over the residual stream or over branches' outputs; norms of heads, which are nested
+    deeper, are not among them."""
     from gateskip.model.families import backbone, final_norm
 
     parts = [part for layer in backbone(model).layers for part in layer.children()]
@@ -174,7 +175,7 @@ def residual_norms(model: Any) -> list[nn.Module]:
 
 
 def norm_factors(model: Any, channels: Tensor, blocks: Tensor, job: StageJob) -> list[float]:
-    """For each norm the mean ratio of the root mean square of `channels` to that of all.
+    """For each norm, the mean ratio of the root mean square of `channels` to that of all channels.
 
     A norm divides by the root mean square, which differs over fewer channels. Multiplying the
     norm's weights by this ratio keeps its output.
@@ -202,8 +203,8 @@ def norm_factors(model: Any, channels: Tensor, blocks: Tensor, job: StageJob) ->
 
 
 def cut_channels(model: Any, channels: Tensor, factors: list[float]) -> None:
-    """Leave only these channels of the residual stream in all weights that still have all of them;
-    norms are scaled by `factors`, one each."""
+    """Keep only these channels of the residual stream, in all weights that still have all of them.
+    Norms are multiplied by `factors`, one each."""
     from torch import nn
 
     from gateskip.model.families import backbone
@@ -232,7 +233,7 @@ def cut_channels(model: Any, channels: Tensor, factors: list[float]) -> None:
 
 
 def _embedding_scale(model: Any, channels: Tensor) -> float:
-    """Factor on the embedding: Gemma multiplies it by the root of the hidden size, which
+    """Factor for the embedding: Gemma multiplies its output by the root of the hidden size, which
     shrinks."""
     if not model.config.model_type.startswith("gemma"):
         return 1.0
@@ -244,7 +245,7 @@ def _embedding_scale(model: Any, channels: Tensor) -> float:
 
 
 def _scale_norm(norm: Any, channels: Tensor | slice, factor: float) -> None:
-    """Leave a norm these channels, its output scaled; Gemma's weights are kept minus one."""
+    """Keep only these channels of a norm and scale its output; Gemma stores weights minus one."""
     from torch import nn
 
     one = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0

@@ -21,11 +21,11 @@ AT_ONCE = 1 << 26  # weights in float32
 
 
 def activation_scores(readers: list[Any], squares: list[Tensor], group: int = 1) -> list[Tensor]:
-    """Mean square of the contribution of each group of input channels, [groups] a reader.
+    """Mean square of the contribution of each group of input channels, [groups] per reader.
 
     A channel adds its activation times its column of weights, so its contribution has the size of
     activation times column norm (Wanda's score, arXiv 2306.11695, summed over a column). `squares`
-    are the activations' mean squares, [in] a reader.
+    are the activations' mean squares, [in] per reader.
     """
     return [
         _by_group(square * _column_squares(reader.weight), group)
@@ -36,7 +36,7 @@ def activation_scores(readers: list[Any], squares: list[Tensor], group: int = 1)
 def taylor_scores(
     model: Any, readers: list[Any], blocks: Tensor, job: StageJob, group: int = 1
 ) -> list[Tensor]:
-    """Mean square of the loss's gradient in a mask on each group of channels, [groups] a reader,
+    """Mean square of the loss's gradient in a mask on each group of channels, [groups] per reader,
     over the first blocks.
 
     The gradient in a token's mask is the sum of activation times gradient over the group. To first
@@ -80,7 +80,7 @@ def taylor_scores(
 def magnitude_scores(reader: Any, writers: list[Tensor], group: int = 1) -> Tensor:
     """Sum of squared weights of each group of channels, [groups].
 
-    `writers` [N, ...] are the weights that compute the N channels which the layer `reader` reads.
+    `writers` [N, ...] are the weights that compute the N channels that the layer `reader` reads.
     """
     squares = _column_squares(reader.weight)
     for weight in writers:
@@ -111,11 +111,11 @@ def importance_scores(
     group: int = 1,
     writers: list[list[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """Squared importance of each group of input channels, [groups] a reader.
+    """Squared importance of each group of input channels: [groups] for each of `readers`.
 
-    `grams` [in, in] a reader are the mean products of its inputs; without them `activation` takes a
-    pass over the text. `writers` a reader are the weights [in, ...] that compute its channels,
-    which `magnitude` counts too.
+    `grams` [in, in], one per reader, are the mean products of its inputs; without them `activation`
+    runs the text once. `writers`, a list per reader, are the weights [in, ...] that compute its
+    channels; `magnitude` also counts these.
     """
     if importance == "magnitude":
         written_by: list[list[Tensor]] = writers or [[] for _ in readers]

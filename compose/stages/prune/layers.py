@@ -1,4 +1,4 @@
-"""The stage `drop-layers`: whole decoder layers are removed, and the rest are renumbered."""
+"""The stage `drop-layers`: removes whole decoder layers and renumbers the rest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class DropLayers(Pruning):
-    """Remove whole decoder layers: the named ones, or the `count` least important ones."""
+    """Remove whole decoder layers: those named, or the `count` least important ones."""
 
     version: ClassVar[int] = 3
     example: ClassVar[Mapping[str, Any]] = {"count": 1}
@@ -38,41 +38,41 @@ class DropLayers(Pruning):
     """The stage's name."""
 
     count: int | None = Field(default=None, ge=1)
-    """How many layers to drop, chosen by `metric`; give this or `layers`."""
+    """How many layers to drop, chosen by `metric`. Give either this or `layers`."""
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Which layers to drop, counted from 0; give this or `count`."""
+    """Which layers to drop, counted from 0. Give either this or `count`."""
 
     metric: Literal["block-influence", "perplexity-greedy"] = "block-influence"
-    """How layers are chosen: by 1 - cosine between a layer's input and its output, or one after
-    another by the loss without it, measured anew after each (a pass over the text for each layer).
-    """
+    """How layers are chosen. By 1 - cosine between a layer's input and its output, or greedily by
+    the loss without it: after each removal all remaining layers are measured again, one pass over
+    the text for each."""
 
     refit: bool = True
-    """Whether the MLP before a dropped layer is re-fitted to add that layer's contribution, too.
-    Takes all of the calibration text."""
+    """Whether the MLP before a dropped layer is re-fitted so that it also adds that layer's
+    contribution. It uses all of the calibration text."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
         if (self.count is None) == (self.layers is None):
-            raise ValueError("drop-layers takes either 'count' or 'layers'")
+            raise ValueError("drop-layers needs either 'count' or 'layers'")
         if self.layers is not None and not self.layers:
-            raise ValueError("'layers' names no layer")
+            raise ValueError("'layers' lists no layer")
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
-            raise ValueError("'layers' names a layer twice")
+            raise ValueError("'layers' lists a layer twice")
         return self
 
     @property
     def dropped(self) -> int:
-        """How many layers go."""
+        """Number of layers that are dropped."""
         return len(self.layers) if self.layers is not None else self.count or 0
 
     def tolerates(self, rule: str) -> bool:
-        """Gates lose the rows of the dropped layers, and are calibrated again."""
+        """Gates lose the rows of the dropped layers and are calibrated again."""
         return rule == "prune-after-gate"
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, gates that can move, and `layers-fit`: layers exist, and one stays."""
+        """Order rules, `prune-after-gate`, and `layers-fit`: the layers exist, and one stays."""
         super().check(shape, before)
         require_gates_that_move(self, before)
         if shape is not None:
@@ -116,7 +116,7 @@ class DropLayers(Pruning):
     def _choose(
         self, model: Any, blocks: Tensor, job: StageJob
     ) -> tuple[set[int], dict[str, list[Any]]]:
-        """The layers to drop, and the scores behind the choice, for the record."""
+        """The layers to drop, and their scores for the record."""
         if self.layers is not None:
             return set(self.layers), {}
         if self.metric == "perplexity-greedy":
@@ -155,8 +155,8 @@ def block_influence(model: Any, blocks: Tensor, job: StageJob) -> list[float]:
 def greedy_drops(model: Any, blocks: Tensor, count: int, job: StageJob) -> list[dict[str, Any]]:
     """The layers that a greedy search drops, one after another, with the losses behind each choice.
 
-    Each entry has `layer`, `loss`, and `losses`: every layer that was left -> the loss without it,
-    in nats a token.
+    Each entry has `layer`, `loss`, and `losses`: each remaining layer -> the loss without it, in
+    nats a token.
     """
     from gateskip.model.families import backbone
 
@@ -181,7 +181,7 @@ def greedy_drops(model: Any, blocks: Tensor, count: int, job: StageJob) -> list[
 
 @contextmanager
 def bypassed(layers: list[Any]) -> Iterator[None]:
-    """Within this context the layers pass hidden states on and compute nothing."""
+    """Within this context the layers pass hidden states on unchanged and compute nothing."""
     for layer in layers:
         layer.forward = lambda hidden, *_, **__: hidden
     try:

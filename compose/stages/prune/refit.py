@@ -1,9 +1,9 @@
 """Least-squares reconstruction after structured pruning.
 
-A linear layer that loses input channels is re-fitted: its remaining weights come as near as
-possible to its old outputs on text (channel pruning: arXiv 1707.06168, eq. 4). The fit needs only
-the products of the layer's inputs with each other, so one pass over the text serves all layers, and
-no gradient is taken. The MLP before dropped layers is re-fitted in the same way, to add their
+A linear layer that loses input channels is re-fitted: its remaining weights approximate its old
+outputs on text as closely as possible (channel pruning: arXiv 1707.06168, eq. 4). The fit needs
+only the products of the layer's inputs with each other, so one pass over the text serves all
+layers, without gradients. The MLP before dropped layers is re-fitted in the same way, to add their
 contribution to the residual stream.
 """
 
@@ -32,9 +32,9 @@ def run_text(model: Any, blocks: Tensor, hooks: list[Hook], job: StageJob, note:
 
 
 def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -> list[Tensor]:
-    """Gram matrices: mean products of each layer's inputs on blocks [N, S]; [in, in] a reader.
+    """Gram matrices: mean products of each layer's inputs on blocks [N, S]; [in, in] per reader.
 
-    Readers of one and the same input share one matrix.
+    Readers with the same input share one matrix.
     """
     import torch
 
@@ -68,10 +68,11 @@ def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -
 def grams_by_layer(
     model: Any, readers: list[Any], blocks: Tensor, job: StageJob
 ) -> Iterator[Tensor]:
-    """Gram matrices as in `input_grams` of one reader a layer, one after another, so that only one
+    """Gram matrices as in `input_grams` for one reader a layer, one after another, so that only one
     exists at a time.
 
-    Blocks pass layer after layer. When a layer's matrix comes they have left it, and it may change.
+    Blocks pass layer after layer. They have left a layer when its matrix is given, so the layer may
+    change.
     """
     import torch
 
@@ -100,11 +101,10 @@ def grams_by_layer(
 
 
 def refitted(weight: Tensor, columns: Tensor, gram: Tensor, tokens: int) -> Tensor:
-    """Weights [out, k] whose outputs come nearest to those of `weight` [out, in].
+    """Weights [out, k] whose outputs are closest to those of `weight` [out, in].
 
     They read only the input columns with the indices `columns` [k]. `gram` [in, in] holds the mean
-    products of all inputs over `tokens` tokens. The error is measured as a sum of squares on that
-    text.
+    products of all inputs over `tokens` tokens. The error is the sum of squares on that text.
     """
     import torch
 
@@ -122,8 +122,8 @@ def refitted(weight: Tensor, columns: Tensor, gram: Tensor, tokens: int) -> Tens
 
 
 def ridge_for(inputs: int, tokens: int) -> float:
-    """Ridge penalty of a fit, relative to its inputs' mean square: the fewer tokens there are for
-    each input, the larger (docs/experiments.md)."""
+    """Ridge penalty of a fit, relative to its inputs' mean square. It is larger for fewer tokens an
+    input (docs/experiments.md)."""
     return RIDGE_PER_INPUT * inputs / tokens
 
 
@@ -174,10 +174,10 @@ class Gap:
 
 
 def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int:
-    """Re-fit the MLPs before the layers `gone`, which are dropped next; returns the number of MLPs.
+    """Re-fit the MLPs before the layers `gone`, which are then dropped; returns the number of MLPs.
 
-    blocks [N, S] are the text of the fit. No MLP stands before layer 0. An MLP whose output is
-    normed (Gemma, OLMo2) is left alone, as are families that are not known by name.
+    blocks [N, S] are the text of the fit. Layer 0 has no MLP before it. An MLP whose output is
+    normed (Gemma, OLMo2) does not change, nor do MLPs of families that are not known by name.
     """
     import torch
 

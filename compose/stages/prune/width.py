@@ -1,4 +1,4 @@
-"""The stage `prune-width`: the least important neurons of every MLP are removed."""
+"""The stage `prune-width`: removes the least important neurons of every MLP."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class PruneWidth(Pruning):
     """The stage's name."""
 
     ratio: float = Field(gt=0, lt=1)
-    """The share of each MLP's neurons to remove."""
+    """Share of each MLP's neurons that is removed."""
 
     round_to: int = Field(default=64, ge=1)
-    """The width that is kept is rounded down to a multiple of this."""
+    """The remaining width is rounded down to a multiple of this."""
 
     importance: Importance = "activation"
     """How neurons are ranked: by their contribution on text (`activation`), by the loss's gradient
-    in them there (`taylor`), or by their weights alone (`magnitude`)."""
+    there (`taylor`), or by their weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether down projections are re-fitted by least squares, so that the remaining neurons
-    replace those that were removed. Takes all of the calibration text; tens of tokens a neuron do
-    best."""
+    replace the removed ones. It uses all of the calibration text; tens of tokens for each neuron
+    work best."""
 
     def kept_width(self, width: int) -> int:
         """How many of `width` neurons stay: a multiple of `round_to`, as torch-pruning rounds.
@@ -73,12 +73,12 @@ class PruneWidth(Pruning):
                 "width-fits",
                 f"prune-width keeps no neuron: {1 - self.ratio:.3g} of {shape.intermediate_size}"
                 f" is less than round_to {self.round_to}",
-                fix="take a smaller ratio or a smaller round_to",
+                fix="use a smaller ratio or a smaller round_to",
             )
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """The remaining MLP weights, and the larger of one MLP's Gram matrix and the memory of all
-        pruning; in addition to them the states of the text, whose size only the job knows."""
+        pruning. The states of the text come on top; only the job knows their size."""
         stored = AS_STORED * 3 * self.kept_width(shape.intermediate_size) * shape.hidden_size
         fit = FIT * 4.0 * shape.intermediate_size**2 if self.refit else 0.0
         return shape.num_layers * stored + max(fit, super().worked_on(shape, length))
@@ -113,9 +113,8 @@ class PruneWidth(Pruning):
     def _ranked(
         self, model: Any, mlps: list[Any], blocks: Tensor, job: StageJob
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """For one MLP after another the squared importance of its neurons, and the Gram matrix of
-        its down projection's inputs, where that is re-fitted: `activation` needs it, too.
-        """
+        """For each MLP, the squared importance of its neurons, and the Gram matrix of its down
+        projection's inputs where `refit` or `activation` needs it."""
         readers, scores = [mlp.down_proj for mlp in mlps], None
         if not (self.refit and self.importance == "activation"):
             writers = [list(_writers(mlp)) for mlp in mlps]
@@ -135,8 +134,8 @@ class PruneWidth(Pruning):
 def _cut(
     mlp: Any, width: int, squares: Tensor, gram: Tensor | None, tokens: int, job: StageJob
 ) -> float:
-    """Leave an MLP its most important neurons, re-fitted where their Gram matrix over `tokens`
-    tokens is known; returns the share of the importance that was removed."""
+    """Keep an MLP's most important neurons, re-fitted where their Gram matrix over `tokens` tokens
+    is known. Returns the share of the importance that was removed."""
     scores = squares.sqrt()
     order = scores.argsort()
     gone, neurons = order[: len(scores) - width], order[len(scores) - width :].sort().values

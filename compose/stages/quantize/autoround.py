@@ -1,5 +1,4 @@
-"""The stage `autoround`: the direction in which each weight is rounded is learned (arXiv
-2309.05516)."""
+"""The stage `autoround`: learns whether each weight is rounded up or down (arXiv 2309.05516)."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ ERROR_BLOCKS = 1  # calibration block on which the rounding is measured
 class AutoRound(Stage):
     """Learn how the linear layers are rounded, block by block, by the auto-round library.
 
-    Signed gradients move each weight up or down by at most a step of the grid, and the ends of each
-    group's range, until the block's output is nearest to that of the weights as they were.
+    Signed gradients move each weight up or down by at most one step of the grid, and move the ends
+    of each group's range, until the block's output is closest to that of the unrounded weights.
     """
 
     role: ClassVar[Role] = "quantize"
@@ -42,15 +41,15 @@ class AutoRound(Stage):
     """Bits of one weight."""
 
     group_size: Literal[32, 64, 128] = 32
-    """Weights that share a scale; it must divide every linear layer's inputs."""
+    """Weights that share a scale; must divide the inputs of every linear layer."""
 
     sym: bool = False
-    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's formats,
-    which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
+    """Whether the grid is symmetric around zero. It is less exact, but stored in GPTQ's older
+    format, which more software reads: AutoGPTQ, ONNX Runtime's model builder and more kernels."""
 
     iters: int = Field(default=200, ge=1)
-    """Steps of signed gradient descent for each decoder layer; 1000 is better and takes five times
-    as long."""
+    """Steps of signed gradient descent for each decoder layer; 1000 is more exact and takes five
+    times as long."""
 
     batch: int = Field(default=8, ge=1)
     """Calibration sequences in one step."""
@@ -58,7 +57,7 @@ class AutoRound(Stage):
     @model_validator(mode="after")
     def _has_a_grid(self) -> Self:
         if self.bits == 8 and not self.sym:
-            raise ValueError("auto-round has 8 bits on a symmetric grid alone: set sym: true")
+            raise ValueError("auto-round has 8 bits only on a symmetric grid: set sym: true")
         return self
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
@@ -145,7 +144,7 @@ class AutoRound(Stage):
 
 @contextmanager
 def _counted(progress: Progress, phase: str) -> Iterator[None]:
-    """Report each decoder layer that auto-round finishes: auto-round itself only moves a progress
+    """Report each decoder layer that auto-round finishes. auto-round itself only moves a progress
     bar."""
     from auto_round.compressors import orchestrator
 
@@ -166,8 +165,9 @@ def _counted(progress: Progress, phase: str) -> Iterator[None]:
 def grid_of(layer: Any, bits: int) -> Grid:
     """The grid of a layer [n, k] that auto-round has finished.
 
-    It leaves the rounded weights in the type that it computed in, float16 scales [n, groups], which
-    may be negative, and zero points: [n, groups], or one number for a symmetric grid.
+    auto-round leaves the rounded weights in the type that it computed in, float16 scales [n,
+    groups], which may be negative, and zero points: [n, groups], or one number for a symmetric
+    grid.
     """
     import torch
 

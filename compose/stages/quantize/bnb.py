@@ -1,4 +1,4 @@
-"""The stage `bnb`: packed weights by bitsandbytes, which needs no calibration text."""
+"""The stage `bnb`: packs weights by bitsandbytes, without calibration text."""
 
 from __future__ import annotations
 
@@ -27,35 +27,34 @@ class Bnb(Stage):
     """The stage's name."""
 
     format: Literal["nf4", "fp4", "int8"]
-    """`nf4`, `fp4`: 4 bits in blocks of 64, on a grid for normally distributed weights or of small
-    floats; `int8`: 8 bits with outlier columns kept apart."""
+    """`nf4`: 4 bits in blocks of 64, on a grid for normally distributed weights. `fp4`: the same on
+    a grid of 4-bit floats. `int8`: 8 bits, with outlier columns kept in 16 bits."""
 
     double_quant: bool = False
-    """Whether the scales of 4-bit blocks are quantized, too: 0.4 bits less a weight."""
+    """Whether the scales of 4-bit blocks are quantized too, which saves 0.4 bits per weight."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """The type in which 4-bit weights are multiplied; when left out, the model's own."""
+    """The type in which 4-bit weights are multiplied; when left out, the model's own type."""
 
     threshold: float | None = Field(default=None, ge=0)
-    """Size from which on an activation counts as an outlier to `int8`; when left out, 6."""
+    """Absolute value from which on `int8` treats an activation as an outlier; when left out, 6."""
 
     lm_head: bool = False
-    """Whether the LM head is packed, too; one that shares the embedding's weights cannot be."""
+    """Whether the LM head is packed too. A head that shares the embedding's weights cannot be."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that stay as they are, by the end of their name: `down_proj`, `0.mlp.up_proj`.
-    """
+    """Linear layers that are not packed, by the end of their name: `down_proj`, `0.mlp.up_proj`."""
 
     device_map: DeviceMap | None = None
-    """How accelerate places the layers while they are packed, as `from_pretrained` takes it: `auto`
-    fills GPUs first and goes on in memory."""
+    """How accelerate places the layers while they are packed, as `from_pretrained` takes it. `auto`
+    fills GPUs first, then memory."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.format == "int8" and (self.double_quant or self.compute_dtype):
-            raise ValueError("double_quant and compute_dtype are settings of nf4 and fp4 alone")
+            raise ValueError("double_quant and compute_dtype apply only to nf4 and fp4")
         if self.format != "int8" and self.threshold is not None:
-            raise ValueError("threshold is a setting of int8 alone")
+            raise ValueError("threshold applies only to int8")
         return self
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
@@ -67,7 +66,7 @@ class Bnb(Stage):
             if self.format != "int8" and width % BLOCK_INPUTS:
                 raise RuleBroken(
                     "whole-tiles",
-                    f"{name} has {width} inputs, no multiple of {BLOCK_INPUTS}",
+                    f"{name} has {width} inputs, not a multiple of {BLOCK_INPUTS}",
                     fix=f"set round_to: {BLOCK_INPUTS} where it was pruned, or use gptq or int8",
                 )
         if self.lm_head:
@@ -82,13 +81,13 @@ class Bnb(Stage):
         return self.format
 
     def most_bits(self) -> int:
-        """8 or 4, unless some layers stay as they are."""
+        """8 or 4; 16 where some layers are not packed."""
         packed = 8 if self.format == "int8" else 4
         return UNPACKED if self.skip else packed
 
     def stored_bits(self, shape: ModelShape) -> StoredBits | None:
-        """Codes and float32 scales: one a row, or one for 64 weights, which `double_quant` packs
-        into 8 bits of their own."""
+        """Codes and float32 scales: one per row, or one for 64 weights, which `double_quant` packs
+        into 8 bits."""
         if self.skip or self.lm_head:
             return None
         if self.format == "int8":

@@ -1,9 +1,9 @@
 """GPTQ by gptqmodel itself, which reads one layer at a time from the model's file.
 
-optimum, which calls gptqmodel too, holds the whole model, and has no word for other bits of some
-layers or of the LM head, nor for FOEM. gptqmodel writes the layers that differ into the
-quantization config as `dynamic`, which vLLM and SGLang read as well. FOEM (first-order error
-compensation, AAAI 2026) is an option of its GPTQ, and leaves nothing in the checkpoint.
+optimum calls gptqmodel too, but holds the whole model in memory and cannot give some layers or the
+LM head other bits, nor use FOEM. gptqmodel writes the layers that differ into the quantization
+config as `dynamic`, which vLLM and SGLang read as well. FOEM (first-order error compensation, AAAI
+2026) is an option of its GPTQ and changes nothing in the checkpoint's format.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class GptqSettings(Protocol):
 
     @property
     def skip(self) -> tuple[str, ...]:
-        """Ends of the names of layers that stay as they are."""
+        """Ends of the names of layers that are not packed."""
         ...
 
     @property
@@ -74,16 +74,16 @@ class GptqSettings(Protocol):
 
     @property
     def lm_head(self) -> Bits | None:
-        """Bits of the LM head; None leaves it as it is."""
+        """Bits of the LM head; None does not pack it."""
         ...
 
     @property
     def batch(self) -> int:
-        """Calibration sequences that pass the model at once."""
+        """Calibration sequences that run through the model at once."""
         ...
 
     def groups_know_activation(self) -> bool:
-        """Whether groups are quantized by falling activation, where columns are not."""
+        """Whether groups are quantized in order of activation while columns keep their order."""
         ...
 
 
@@ -154,8 +154,8 @@ def _foem(beta: float | None) -> Any:
 def patterns(stage: GptqSettings, job: StageJob) -> dict[str, dict[str, Any]]:
     """gptqmodel's `dynamic`: a pattern for each layer that differs.
 
-    One that begins with a minus is a layer that stays as it is. A layer that several entries of
-    `mixed` fit goes by the last one.
+    A pattern that begins with a minus is a layer that is not packed. For a layer that several
+    entries of `mixed` match, the last one counts.
     """
     linears, head = linear_names(job)
     inside = [name for name in linears if name not in head]
@@ -169,7 +169,7 @@ def patterns(stage: GptqSettings, job: StageJob) -> dict[str, dict[str, Any]]:
 
 
 def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
-    """Raises UserError where gptqmodel left layers out, which its tables of architectures lack."""
+    """Raises UserError where gptqmodel left out layers that its tables of architectures lack."""
     from gateskip.quantization.folders import packed_layers
 
     linears, head = linear_names(job)
@@ -180,12 +180,12 @@ def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
         raise UserError(
             f"gptqmodel does not pack {len(forgotten)} layers of this architecture, such as"
             f" {forgotten[0]}",
-            fix="skip those layers; Phi3 and GPT-NeoX take the same bits for all, through optimum",
+            fix="skip those layers; for Phi3 and GPT-NeoX leave mixed, lm_head and foem out",
         )
 
 
 def _tidy(job: StageJob) -> None:
-    """Write the source's own config with gptqmodel's quantization, and remove its logs."""
+    """Write the source's config with gptqmodel's quantization added, and remove its logs."""
     from compose.artifacts.folder import require_model
     from compose.store import write_json
 

@@ -10,15 +10,16 @@ from typing import Any
 from compose.units import Progress
 
 METHODS = ("GPTQ", "FOEM")
-"""Classes of gptqmodel that quantize a layer; older versions lack the second."""
+"""Classes of gptqmodel that quantize a layer; older versions have only the first."""
 
 
 @contextmanager
 def counted(progress: Progress, total: int, phase: str) -> Iterator[None]:
     """Report each of `total` linear layers that gptqmodel quantizes while the block runs.
 
-    Both ways into gptqmodel end in the `quantize` of GPTQ, or of FOEM, once a layer, perhaps in
-    several threads. It calls itself where a layer has to be quantized again, which counts once.
+    Both ways into gptqmodel end in the `quantize` method of GPTQ or FOEM, called once per layer,
+    possibly from several threads. The method calls itself where a layer has to be quantized again;
+    that counts once.
     """
     from gptqmodel import quantization
 

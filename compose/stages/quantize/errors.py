@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
     """Relative error of every packed layer's output: its name -> ||y' - y|| / ||y||.
 
-    Both get the source model's inputs to the layer on token ids [N, S], so that errors do not add
-    up from layer to layer; y' is computed by the layer as it loads from `job.target`. Source
+    Both outputs use the source model's inputs to the layer on token ids [N, S], so errors do not
+    add up from layer to layer. y' is computed by the layer as it loads from `job.target`. Source
     weights become float32 for one product at a time.
     """
     import torch
@@ -56,6 +56,6 @@ def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
 
 
 def _device(module: Any) -> torch.device:
-    """Where a packed layer keeps its weights: as parameters or as buffers."""
+    """The device of a packed layer's weights, which are parameters or buffers."""
     device: torch.device = next(iter([*module.parameters(), *module.buffers()])).device
     return device

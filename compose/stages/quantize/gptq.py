@@ -1,4 +1,4 @@
-"""The stage `gptq`: packed weights by GPTQ, calibrated on text (arXiv 2210.17323)."""
+"""The stage `gptq`: packs weights by GPTQ, calibrated on text (arXiv 2210.17323)."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNKNOWN = ("phi3", "gpt_neox")
-"""Architectures of our families that gptqmodel does not quantize from the file: its tables lack
-Phi3's MLP, and it does not write GPT-NeoX's LM head. Others that it has no table of are found when
-the stage runs."""
+"""Architectures among our families that gptqmodel cannot quantize from the file: its tables lack
+Phi3's MLP, and it does not write GPT-NeoX's LM head. Others that its tables lack are found when the
+stage runs."""
 
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
 class Gptq(Stage):
-    """Quantize the linear layers one by one, compensating each rounding error in the next
+    """Quantize the linear layers one by one; each rounding error is compensated in the remaining
     weights."""
 
     role: ClassVar[Role] = "quantize"
@@ -54,50 +54,51 @@ class Gptq(Stage):
     """Bits of one weight."""
 
     group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] = 32
-    """Weights that share a scale; it must divide every linear layer's inputs. -1: a whole row."""
+    """Weights that share a scale; must divide the inputs of every linear layer. -1: a whole row."""
 
     sym: bool = False
-    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's formats,
-    which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
+    """Whether the grid is symmetric around zero. It is less exact, but stored in GPTQ's older
+    format, which more software reads: AutoGPTQ, ONNX Runtime's model builder and more kernels."""
 
     act_order: bool = False
-    """Whether columns are quantized by falling activation; more exact, slower to decode."""
+    """Whether columns are quantized in order of falling activation: more exact, slower to decode.
+    """
 
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Share of the Hessian's mean diagonal that is added to its diagonal."""
 
     foem: float | None = Field(default=None, gt=0, le=1)
-    """FOEM's beta, which also compensates first-order errors: how far a weight that earlier
-    roundings moved is drawn back to its original value. Its authors use 0.1 to 0.25; without:
-    GPTQ."""
+    """FOEM's beta, which also compensates first-order errors: how strongly a weight that earlier
+    compensation moved is drawn back to its original value. Its authors use 0.1 to 0.25. Plain GPTQ
+    when left out."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that stay as they are, in every decoder layer, by the end of their name:
+    """Linear layers that are not packed, in every decoder layer, by the end of their name:
     `down_proj`, `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
-    """Linear layers with bits of their own, by the end of their name: `{down_proj: 8}`,
-    `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip load such a folder, transformers
-    by itself does not."""
+    """Linear layers with other bits, by the end of their name: `{down_proj: 8}`,
+    `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip load such a folder; transformers
+    alone does not."""
 
     lm_head: Bits | None = None
-    """Bits of the LM head, which is left as it is without them; one that shares the embedding's
-    weights cannot be packed. The note on loading at `mixed` applies here, too."""
+    """Bits of the LM head; when left out it is not packed. A head that shares the embedding's
+    weights cannot be packed. As with `mixed`, transformers alone does not load such a folder."""
 
     batch: int = Field(default=1, ge=1)
-    """Calibration sequences that pass the model at once."""
+    """Calibration sequences that run through the model at once."""
 
     @model_validator(mode="after")
     def _has_a_kernel(self) -> Self:
         if self.group_size == WHOLE_ROW and not self.sym:
             raise ValueError(
                 "a scale for a whole row (group_size: -1) needs a symmetric grid (sym: true):"
-                " gptqmodel's kernel for CPUs multiplies other ones wrongly"
+                " gptqmodel's CPU kernel gives wrong products on other grids"
             )
         return self
 
     def groups_know_activation(self) -> bool:
-        """Whether groups are quantized by falling activation, where columns are not."""
+        """Whether groups are quantized in order of activation while columns keep their order."""
         return not self.act_order and self.group_size != WHOLE_ROW
 
     def is_mixed(self) -> bool:
@@ -105,7 +106,7 @@ class Gptq(Stage):
         return bool(self.mixed or self.lm_head)
 
     def beyond_optimum(self) -> bool:
-        """Whether gptqmodel itself has to do it: optimum has no word for mixed bits and FOEM."""
+        """Whether gptqmodel has to be called directly: optimum has no mixed bits and no FOEM."""
         return self.is_mixed() or self.foem is not None
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
@@ -131,7 +132,7 @@ class Gptq(Stage):
         return f"{self.use} {self.bits}-bit"
 
     def most_bits(self) -> int:
-        """The most of any layer, unless some stay as they are."""
+        """The most bits of any layer; 16 where some are not packed."""
         return UNPACKED if self.skip else max([self.bits, *self.mixed.values()])
 
     def stored_bits(self, shape: ModelShape) -> StoredBits | None:
@@ -142,12 +143,12 @@ class Gptq(Stage):
         return StoredBits(self.bits + shared)
 
     def held(self) -> float:
-        """The source as it is mapped, and the packed result, whose errors are measured then; the
-        embedding stays as it is."""
+        """The source as a mapped file, and the packed result, whose errors are measured at the end.
+        The embedding is not packed."""
         return AS_STORED + max(1.0, self.most_bits() / 8)
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """The widest matrix and its second moments in float32; optimum holds the whole model."""
+        """The widest matrix and its second moments in float32; through optimum, the whole model."""
         whole = 5.0 * shape.weights if shape.model_type in UNKNOWN else 0.0
         inner, outer = shape.intermediate_size, shape.hidden_size
         return whole + 4.0 * inner * (inner + outer)
@@ -178,11 +179,12 @@ class Gptq(Stage):
 
     @staticmethod
     def _unknown(model_type: str) -> RuleBroken:
-        """The error that optimum cannot do this for an architecture."""
+        """The error for an architecture that gptqmodel does not know."""
         return RuleBroken(
             "layout-known",
-            f"gptqmodel, which mixes bits and has FOEM, does not know the layers of {model_type}",
-            fix="leave mixed, lm_head and foem out: all else goes through optimum",
+            "mixed, lm_head and foem need gptqmodel's own reader, which does not know the layers"
+            f" of {model_type}",
+            fix="leave mixed, lm_head and foem out",
         )
 
     def _count(self, job: StageJob) -> int:
@@ -192,8 +194,8 @@ class Gptq(Stage):
         return len(inside) - len(matching(self.skip, inside)) + (self.lm_head is not None)
 
     def _through_optimum(self, job: StageJob, blocks: Tensor) -> None:
-        """All layers with the same bits. optimum finds the layers by itself and calls gptqmodel; it
-        holds the whole model."""
+        """Quantize all layers to the same bits. optimum finds the layers and calls gptqmodel; it
+        holds the whole model in memory."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -228,8 +230,7 @@ class Gptq(Stage):
         )
 
     def _modules(self, job: StageJob) -> list[list[str]] | None:
-        """The linear layers of a decoder layer that are quantized, one after another; None for
-        all."""
+        """The linear layers of a decoder layer that are quantized, in order; None for all."""
         if not self.skip:
             return None
         linears, _ = linear_names(job)
@@ -239,11 +240,11 @@ class Gptq(Stage):
 
 
 def as_autogptq(model: Any) -> None:
-    """Leave a quantized model with zero points, and a config, that AutoGPTQ and its kin read.
+    """Store zero points and config in the form that AutoGPTQ and related software read.
 
     optimum packs for gptqmodel's own format, whose zero points are one higher. On a symmetric grid
-    they can be stored the old way; on another a zero point of 0 has no old form, and the config
-    goes on saying `gptq_v2`. The calibration text is removed from the config.
+    they can be stored in the older form. On another grid a zero point of 0 has no older form, and
+    the config keeps `gptq_v2`. The calibration text is removed from the config.
     """
     from gptqmodel.utils.model import hf_convert_gptq_v2_to_v1_format
 

@@ -1,4 +1,4 @@
-"""Requirements of the GPTQ format on a model's shape, because of the kernels that read it."""
+"""What the GPTQ format requires of a model's shape, because of the kernels that read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def refuse_odd_tiles(shape: ModelShape) -> None:
     if (width := shape.num_kv_heads * shape.head_dim) % TILE_OUTPUTS:
         raise RuleBroken(
             "whole-tiles",
-            f"keys and values are {width} wide, no multiple of {TILE_OUTPUTS}",
+            f"keys and values are {width} wide, not a multiple of {TILE_OUTPUTS}",
             fix="keep more KV heads, or use bnb",
         )
 
@@ -40,7 +40,8 @@ def refuse_cut_groups(group: int, widths: Mapping[str, int]) -> None:
 
 
 def _fitting_group(requested: int, widths: Mapping[str, int]) -> str:
-    """The setting for groups nearest to `requested` that divide all `widths`, else whole rows."""
+    """The group size nearest to `requested` that divides all `widths`, as a setting; else whole
+    rows."""
     common = math.gcd(*widths.values())
     fitting = [size for size in GROUP_SIZES if common % size == 0]
     if not fitting:

@@ -1,7 +1,7 @@
-"""A model folder with some of its weights as integer grids.
+"""A model folder with some weights stored as integer grids.
 
-In our own format (gateskip/quantization/hf_quantizer.py), or, where zero points are integers, as
-GPTQ, which gptqmodel, vLLM and transformers read.
+The format is this project's (gateskip/quantization/hf_quantizer.py) or, where zero points are
+integers, GPTQ, which gptqmodel, vLLM and transformers read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from gateskip.quantization.grid import Grid
 
 Stored = dict[str, "Tensor"]
-"""A grid's tensors as they stand in a file, after the module's name."""
+"""A grid's tensors as stored in a file: name after the module's name -> tensor."""
 
 
 def write_grids(job: StageJob, grids: Mapping[str, Stored], quantization: dict[str, Any]) -> None:
-    """Write `job.source` into `job.target`, with grids in place of the weights of the modules
-    named."""
+    """Write `job.source` into `job.target`, with grids in place of the named modules' weights."""
     from compose.artifacts.folder import copy_companions, require_model
     from compose.artifacts.shards import save_shards
     from compose.store import write_json
@@ -36,7 +35,7 @@ def write_grids(job: StageJob, grids: Mapping[str, Stored], quantization: dict[s
 
 
 def _replaced(job: StageJob, grids: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the source, grids in place of the weights that they round."""
+    """Names and tensors of the source, with grids in place of the weights that they replace."""
     import torch
 
     from compose.artifacts.packed_folder import tensor_files, tensors_of
@@ -57,8 +56,8 @@ HEADER = 400  # bytes of a packed layer in a file's header and the config, at mo
 
 
 def bytes_beside(job: StageJob, packed: set[str], embedding: int | None) -> int:
-    """Bytes of the folder's files without the grids of the layers `packed`: tensors that stay as
-    they are, the embedding in its bits, headers, and the tokenizer's files."""
+    """Bytes of the folder's files without the grids of the layers `packed`: unchanged tensors, the
+    embedding in its bits, headers, and the tokenizer's files."""
     from safetensors import safe_open
 
     from compose.artifacts.folder import COMPANIONS
@@ -80,8 +79,8 @@ def bytes_beside(job: StageJob, packed: set[str], embedding: int | None) -> int:
 
 
 def as_gptq(grid: Grid, older: bool = False) -> dict[str, Tensor]:
-    """A grid with integer zero points as GPTQ stores it, in the format `gptq_v2`, or in the older
-    one, whose zero points stand one lower in the file and therefore begin at 1.
+    """A grid with integer zero points as GPTQ stores it: in the format `gptq_v2`, or in the older
+    format, whose stored zero points are one lower and which therefore has no zero point of 0.
 
     qweight [in / codes, out] and qzeros [groups, out / codes] hold 32 / bits codes in an int32,
     lowest bits first; scales [groups, out] are float16; g_idx [in] is each column's group.

@@ -1,4 +1,4 @@
-"""The LM head in 8 bits, whatever the other weights are in."""
+"""The stage `pack-head`: the LM head in 8 bits, whatever the format of the other weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from compose.stages.base import ModelShape, Role, Stage, StageJob
 
 
 class PackHead(Stage):
-    """Round the LM head to 8 bits, which decoding reads in half the time.
+    """Round the LM head to 8 bits, so that decoding reads half as many bytes for it.
 
-    The stored weights stay, so the folder loads everywhere; gateskip rounds while loading, for
-    scores as well as for decoding. The head of a small model is a large share of its weights, so
-    the gain in speed is often worth the loss in quality.
+    The stored weights do not change, so the folder loads everywhere; gateskip rounds while loading,
+    for scoring as well as for decoding. The head of a small model is a large share of its weights,
+    so the gain in speed is often worth the loss in quality.
     """
 
     role: ClassVar[Role] = "head"
@@ -30,15 +30,16 @@ class PackHead(Stage):
         if any(getattr(stage, "lm_head", None) for stage in before):
             raise RuleBroken(
                 "head-packed-twice",
-                "a quantizer before has packed the LM head",
+                "an earlier quantizer has packed the LM head",
                 fix="leave pack-head out, or lm_head of the quantizer",
             )
         if shape is not None and shape.hidden_size % 32:
-            raise RuleBroken("whole-tiles", f"{shape.hidden_size} inputs are no multiple of 32")
+            raise RuleBroken(
+                "whole-tiles", f"the LM head has {shape.hidden_size} inputs, not a multiple of 32"
+            )
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Write the same files and a note; the record has the distance of the rounded head to the
-        full one."""
+        """Write the same files and a note; record the rounded head's relative error."""
         from compose.artifacts.folder import copy_source
         from compose.store import write_json
         from gateskip.quantization.folders import load_model

@@ -1,7 +1,7 @@
 """The stages `int8`, `int4`, `int3` and `int2`: weights on integer grids in groups.
 
-Ranges are searched by the error of the layer's output, and the weights still to come compensate
-each rounding error (gateskip/rounding/compensate.py).
+Ranges are searched by the error of the layer's output. Each rounding error is compensated in the
+weights that are not rounded yet (gateskip/rounding/compensate.py).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ EMBEDDING_ROWS = 8192  # rounded at a time
 
 
 class Allocate(BaseModel):
-    """The size that bits are shared out under: one of the two."""
+    """The size limit under which bits are shared out over layers: one of the two fields."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -64,15 +64,15 @@ class Allocate(BaseModel):
     """Megabytes (10**6 bytes) of all files of the folder together."""
 
     bits_per_weight: float | None = Field(default=None, gt=0)
-    """Mean bits of the layers' linear weights, scales and minima counted."""
+    """Mean bits of the layers' linear weights, scales and minima included."""
 
     among: tuple[Bits, ...] = (2, 3, 4, 8)
     """The bits that a layer may get."""
 
     by: Literal["measured", "gradients"] = "measured"
-    """Source of the costs: measured, a pass for each option of each layer, or estimated from the
-    gradients of 2048 calibration tokens, in about a tenth of the time and less exactly. The KL of
-    the final choice is measured in any case."""
+    """How the KL cost of each option is found: `measured` runs a pass for each option of each
+    layer; `gradients` estimates it from the gradients of 2048 calibration tokens, in about a tenth
+    of the time and less exactly. The KL of the final choice is always measured."""
 
     blocks: int = Field(default=2, ge=1)
     """Calibration blocks on which KL is measured."""
@@ -80,7 +80,7 @@ class Allocate(BaseModel):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.size_mb is None) == (self.bits_per_weight is None):
-            raise ValueError("allocate needs one of size_mb and bits_per_weight")
+            raise ValueError("allocate needs either size_mb or bits_per_weight")
         return self
 
 
@@ -93,11 +93,11 @@ class Integers(Stage):
     """Bits of one weight."""
 
     group_size: Literal[32, 64, 128] = 32
-    """Weights that share a scale; it must divide every linear layer's inputs."""
+    """Weights that share a scale; must divide the inputs of every linear layer."""
 
     compensate: bool = True
-    """Whether errors are compensated, layer after layer, on calibration text; without it each
-    weight is rounded by itself, which takes seconds."""
+    """Whether rounding errors are compensated, layer after layer, on calibration text. Without it
+    each weight is rounded to the nearest value, which takes seconds."""
 
     calibrate: bool = True
     """Whether calibration text says how much each input of a layer weighs. Without it all inputs
@@ -105,23 +105,23 @@ class Integers(Stage):
     that, 4 bits do."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
-    """Share of the inputs' mean second moment that is added to all."""
+    """Share of the mean of the inputs' second moments that is added to their diagonal."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that stay as they are, in every decoder layer, by the end of their name:
+    """Linear layers that are not packed, in every decoder layer, by the end of their name:
     `down_proj`, `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
-    """Linear layers with bits of their own, by the end of their name: `{down_proj: 8}`,
-    `{layers.0.self_attn.v_proj: 8}`. 8 bits have no minimum."""
+    """Linear layers with other bits, by the end of their name: `{down_proj: 8}`,
+    `{layers.0.self_attn.v_proj: 8}`. Groups of 8 bits have no minimum."""
 
     allocate: Allocate | None = None
-    """Bits by need: a size for the whole folder, under which each layer gets 2, 3, 4 or 8 bits, as
-    they lower the KL from the unrounded model most for each byte. `mixed` stands above it."""
+    """Choose bits for each layer under a size limit for the whole folder: 2, 3, 4 or 8 bits, where
+    they lower the KL from the unrounded model most for each byte. `mixed` takes precedence."""
 
     embedding: Literal[4, 6, 8] | None = 8
-    """Bits of the embedding, and of the LM head, in groups of 32 without a minimum; null leaves
-    both as they are."""
+    """Bits of the embedding and of the LM head, in groups of 32 without a minimum; null packs
+    neither."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,11 +148,11 @@ class Integers(Stage):
         return identity
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
-        """The offset of groups of that many bits, beside their scale."""
+        """Kind of offset that groups of that many bits have beside their scale."""
         return "none" if bits == 8 else "real"
 
     def value_bits(self) -> Bits:
-        """Bits of value projections, where neither `mixed` nor `allocate` gives them others."""
+        """Bits of value projections, where neither `mixed` nor `allocate` sets them."""
         return self.bits
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
@@ -170,7 +170,7 @@ class Integers(Stage):
         if self.embedding and shape.hidden_size % 32:
             raise RuleBroken(
                 "whole-tiles",
-                f"the embedding's rows of {shape.hidden_size} are no multiple of 32",
+                f"the embedding's rows have {shape.hidden_size} values, not a multiple of 32",
                 fix="set embedding: null",
             )
 
@@ -179,14 +179,15 @@ class Integers(Stage):
         return replace(shape, quantized=GRID_METHOD)
 
     def most_bits(self) -> int:
-        """The most that any layer may get, unless some stay as they are. More bits for values alone
-        are not counted: a copy that makes no more than these smaller drafts no faster."""
+        """The most bits that any layer may get; 16 where some are not packed. More bits for value
+        projections alone are not counted: a draft copy in as many bits as the other layers is no
+        faster."""
         among = () if self.allocate is None else self.allocate.among
         return UNPACKED if self.skip else max(self.bits, *self.mixed.values(), *among, 0)
 
     def stored_bits(self, shape: ModelShape) -> StoredBits | None:
-        """Codes, and for each group a scale of 16 bits, with a minimum of 16 bits or a zero point;
-        of the embedding codes and scales."""
+        """Codes; for each group a 16-bit scale, with a 16-bit minimum or a zero point; and the
+        embedding's codes and scales."""
         if self.mixed or self.skip or (self.allocate and self.allocate.size_mb is not None):
             return None
         values = shape.value_share * (self._in_file(self.value_bits()) - self._in_file(self.bits))
@@ -196,19 +197,18 @@ class Integers(Stage):
         return StoredBits(layers, None if self.embedding is None else self.embedding + 16 / 32)
 
     def _in_file(self, bits: int) -> float:
-        """Bits of a weight with its share of its group's scale and offset."""
+        """Bits of a weight, with its share of the group's scale and offset."""
         beside = {"none": 16, "real": 32, "integer": 16 + bits}[self.grid_offset(bits)]
         return bits + beside / self.group_size
 
     def held(self) -> float:
-        """The file as it is mapped, and the layers rounded so far; `allocate` holds the model in
-        float32."""
+        """The mapped file, and the layers rounded so far; `allocate` holds the model in float32."""
         rounded = self._in_file(max(self.bits, 4)) / 8  # values and the embedding keep more bits
         return 8.0 if self.allocate else AS_STORED + rounded
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """The embedding in float32, or a layer and the widest second moments in it; `allocate`
-        holds inputs and gradients of all layers for some tokens."""
+        """The embedding in float32, or a layer with the widest second moments; `allocate` holds
+        inputs and gradients of all layers for some tokens."""
         gradients = self.allocate is not None and self.allocate.by == "gradients"
         table = 4.0 * shape.vocab_size * shape.hidden_size
         inner, outer = shape.intermediate_size, shape.hidden_size
@@ -271,13 +271,13 @@ class Integers(Stage):
         return round_layers(model, blocks, choose, self.compensate, progress, let_go)
 
     def _stored(self, grid: Grid) -> Stored:
-        """A grid as the folder's format has it."""
+        """A grid's tensors in the folder's format."""
         from gateskip.quantization.grid_linear import stored
 
         return stored(grid)
 
     def _settings(self, job: StageJob) -> dict[str, Rounding]:
-        """How each linear layer is rounded, by its name; those that are left as they are lack."""
+        """How each linear layer is rounded, by its name; layers that are not packed are absent."""
         linears, head = linear_names(job)
         inside = [name for name in linears if name not in head]
         bits: dict[str, Bits] = dict.fromkeys(inside, self.bits)
@@ -296,7 +296,7 @@ class Integers(Stage):
     def _allocated(
         self, job: StageJob, model: Any, blocks: Tensor, how: dict[str, Rounding]
     ) -> tuple[dict[str, Any], dict[str, Rounding]]:
-        """The record of the allocation, and how each layer is rounded under the size."""
+        """The record of the allocation, and how each layer is rounded under the size limit."""
         from gateskip.rounding.allocation import allocate
 
         assert self.allocate is not None, "the caller asked"
@@ -316,8 +316,8 @@ class Integers(Stage):
             bits = allocate(costs, sizes, limit)
         except ValueError as error:
             raise UserError(
-                f"allocate cannot be met: {error}",
-                fix="raise size_mb or bits_per_weight, give fewer bits in `among`, or pack the "
+                f"allocate finds no bits that fit: {error}",
+                fix="raise size_mb or bits_per_weight, allow fewer bits in `among`, or pack the "
                 "embedding in fewer bits",
             ) from error
         chosen = {name: self._rounding(cast(Bits, n_bits)) for name, n_bits in bits.items()}
@@ -343,7 +343,7 @@ class Integers(Stage):
             return options.get(name, [])
 
         def progress(done: int, total: int) -> None:
-            job.progress(done, total, "what bits cost")
+            job.progress(done, total, "measuring the cost of bits")
 
         if self.allocate.by == "gradients":
             return estimate_costs(model, blocks, of, job.seed, progress)
@@ -352,7 +352,7 @@ class Integers(Stage):
     def _limit(
         self, job: StageJob, layers: dict[str, Any], how: dict[str, Rounding], fixed: set[str]
     ) -> int:
-        """Bytes that the layers to share bits among may take together."""
+        """Most bytes of the layers that bits are shared out over."""
         assert self.allocate is not None, "the caller asked"
         free = [name for name in how if name not in fixed]
         if self.allocate.bits_per_weight is not None:
@@ -364,7 +364,7 @@ class Integers(Stage):
         return int(self.allocate.size_mb * 1e6) - beside
 
     def _embedding(self, job: StageJob) -> dict[str, Stored]:
-        """The embedding's grid by its name, and that of an LM head of its own."""
+        """The grid of the embedding, and of an LM head with its own weights, by name."""
         if self.embedding is None:
             return {}
         import torch
@@ -416,21 +416,22 @@ class Int8(Integers):
 
 
 class WithOffset(Integers):
-    """Few bits, where an offset for each group pays off, and value projections keep more bits."""
+    """Base of `int4`, `int3` and `int2`: an offset for each group, and more bits for value
+    projections."""
 
     version: ClassVar[int] = 5
 
     offset: Literal["real", "integer"] = "real"
-    """The offset of a group beside its scale: a minimum, as in GGUF's Q4_1, or an integer zero
-    point, the only one in the GPTQ format. The latter is written as GPTQ, values in the bits of the
-    rest, embedding and LM head left as they are; gptqmodel, vLLM and transformers read it."""
+    """The offset of a group beside its scale: `real` is a minimum, as in GGUF's Q4_1; `integer` is
+    an integer zero point, which the GPTQ format needs. With `integer` the folder is written as
+    GPTQ, which gptqmodel, vLLM and transformers read: value projections get the bits of the other
+    layers, and embedding and LM head are not packed."""
 
     values: Bits | None = 8
     """Bits of the value projections (`v_proj`), which are 3 % of SmolLM2's weights and cause a
-    quarter of the KL of 4 bits; null gives them those of all layers. `mixed` and `skip` stand
-    above it, and `allocate` chooses for itself where this is left out. Families that fuse
-    queries, keys and values in one layer (phi3, gpt_neox) have no `v_proj`: there it does
-    nothing."""
+    quarter of the KL at 4 bits; null gives them the bits of the other layers. `mixed` and `skip`
+    take precedence. When left out, `allocate` chooses. It has no effect on families that fuse
+    queries, keys and values into one layer (phi3, gpt_neox)."""
 
     @model_validator(mode="after")
     def _fits_its_format(self) -> Self:
@@ -445,15 +446,15 @@ class WithOffset(Integers):
         if self.offset == "integer" and "embedding" not in stated:
             object.__setattr__(self, "embedding", None)
         if self.offset == "integer" and self.embedding is not None:
-            raise ValueError("GPTQ holds no packed embedding: set embedding: null")
+            raise ValueError("GPTQ has no packed embedding: set embedding: null")
         return self
 
     def value_bits(self) -> Bits:
-        """As set, else the stage's own."""
+        """As set; when left out, the default of the stage."""
         return self.values or self.bits
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
-        """As set; 8 bits do without."""
+        """As set; 8 bits need none."""
         return "none" if bits == 8 else self.offset
 
     def reshape(self, shape: ModelShape) -> ModelShape:
@@ -509,7 +510,8 @@ def _short(number: float) -> float:
 
 
 def _rounded_rows(job: StageJob, name: str, bits: int) -> Grid:
-    """A table [rows, hidden] of the source on a symmetric grid, all columns weighing alike."""
+    """A table [rows, hidden] of the source on a symmetric grid; all columns have the same weight in
+    the error."""
     import torch
 
     from compose.artifacts.packed_folder import tensors_of

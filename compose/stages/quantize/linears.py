@@ -1,4 +1,4 @@
-"""Linear layers of a model by name, and the settings that all quantizers share."""
+"""Names of a model's linear layers, and the settings that all quantizers share."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def refuse_tied_head(shape: ModelShape) -> None:
     if shape.tie_embeddings:
         raise RuleBroken(
             "head-is-tied",
-            "the LM head of this model is its embedding, which is not packed",
-            fix="leave lm_head out, or put pack-head behind, by which decoding reads 8 bits",
+            "the LM head of this model shares the embedding's weights, which are not packed",
+            fix="leave lm_head out, or add pack-head after it: decoding then reads 8 bits",
         )
 
 
 def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[str]:
-    """The names that end as one of `ends` does; `key` is the stage's setting of those ends.
+    """The names that end in one of `ends`; `key` is the stage's setting that holds those ends.
 
     Raises:
-        UserError: an end fits no name.
+        UserError: an end matches no name.
     """
     matches = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
     for end, fitting in matches.items():
@@ -53,6 +53,6 @@ def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[s
 
 
 def value_projections(names: Iterable[str]) -> list[str]:
-    """The names of value projections among layers; none where queries, keys and values are one
+    """Names of the value projections among the layers; empty where queries, keys and values are one
     layer."""
     return [name for name in names if is_value(name)]

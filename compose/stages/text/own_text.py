@@ -1,7 +1,7 @@
-"""Text that the dense model generates itself, as token blocks.
+"""Text that the dense model writes itself, as token blocks.
 
-It is kept in the cache: stages, runs and pipelines that ask for the same text of the same model
-have it written once.
+The text is cached: stages, runs and pipelines that ask for the same text of the same model share
+it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ BLOCKS = "blocks.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class OwnText:
-    """What the model in `dense` writes, in blocks of `length` tokens."""
+    """Text that the model in the folder `dense` writes, in blocks of `length` tokens."""
 
     dense: Path
     cache: Path
-    """The folder of downloaded models and data, where the text is kept, too."""
+    """The cache folder of downloaded models and data; the written text is kept there, too."""
     length: int
     seed: int
     progress: Progress
 
     def written(self, count: int) -> Tensor:
-        """Blocks [count, length] without any text given."""
+        """Blocks [count, length] that the model writes without a prompt."""
         from gateskip.decoding.self_generate import write
 
         return self._once(
@@ -61,7 +61,7 @@ class OwnText:
         """Blocks [N, length], N at most `count`, of prompts and the model's answers, end to end.
 
         Raises:
-            ValueError: they do not fill one block.
+            ValueError: prompts and answers do not fill one block.
         """
         from gateskip.decoding.self_generate import answer
 
@@ -74,9 +74,9 @@ class OwnText:
     def _once(
         self, request: dict[str, Any], count: int, make: Callable[[Writer], Tensor]
     ) -> Tensor:
-        """The blocks that the cache has of this text; they are made where it has none.
+        """The cached blocks of this text; they are made where the cache has none.
 
-        Another process that makes them is waited for.
+        If another process is making them, wait for it.
         """
         from safetensors.torch import load_file, save_file
 
@@ -93,7 +93,7 @@ class OwnText:
         return load_file(target / BLOCKS)["blocks"]
 
     def _key(self, request: dict[str, Any], count: int) -> str:
-        """A hash over the model's files and all that decides what it writes."""
+        """A hash over the model's files and every setting that decides the text."""
         files = sorted(file for file in self.dense.iterdir() if file.is_file())
         recipe = request | {
             "version": VERSION,

@@ -1,4 +1,4 @@
-"""The text of one split as token blocks: read, mixed from sources, or written by the model."""
+"""The text of one split as token blocks: read from sources, mixed, or written by the model."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class SplitText:
     tokenizer: PreTrainedTokenizerBase
     length: int
     dense: Path
-    """The folder of the untouched model, which writes."""
+    """The folder of the dense model, which writes text."""
     cache: Path
-    """Where data is downloaded to, and text that the model wrote is kept."""
+    """The cache folder for downloaded data and for text that the model wrote."""
     seed: int
     progress: Shown
 
     def blocks(self, count: int) -> Tensor:
         """Token blocks [N, length], N at most `count`.
 
-        Of a mix there are `count`: each source gives its share, repeated where it has less, and
-        any beginning of the blocks has about the proportions of the whole.
+        Of a mix there are `count` blocks: each source gives its share, repeated where it has less,
+        and any first part of the blocks has about the proportions of the whole.
         """
         weights = self.spec.weights
         if len(weights) == 1:
@@ -85,8 +85,8 @@ def split_blocks(
     length: int | None = None,
     limit: int | None = None,
 ) -> Tensor:
-    """Token blocks [N, length] of a split of a stage's job; the split's own length and row limit
-    where none is given."""
+    """Token blocks [N, length] of a split of a stage's job, with the split's own length and row
+    limit where none is given."""
     spec = job.train if split == "train" else job.calibration
     assert spec is not None, f"a stage names {split} in reads_data to be given it"
     text = SplitText(
@@ -103,6 +103,7 @@ def split_blocks(
 
 
 def interleaved(parts: list[Tensor]) -> Tensor:
-    """Blocks [N_i, S] of several sources as one [sum N_i, S], evenly mixed and in their order."""
+    """Blocks [N_i, S] of several sources as one [sum N_i, S], evenly mixed; each source keeps its
+    order."""
     places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
     return torch.cat(parts)[torch.argsort(places, stable=True)]

@@ -120,7 +120,7 @@ LOCAL = Engine(
 
 def test_a_failed_installation_is_one_clear_message(tmp_path: Path) -> None:
     notes: list[str] = []
-    with pytest.raises(UserError, match="peer local cannot be had on this machine") as caught:
+    with pytest.raises(UserError, match="peer local cannot be installed on this machine") as caught:
         python_of(LOCAL, tmp_path, lambda done, total, note: notes.append(note))
     place = environment_folder(LOCAL, tmp_path)
     log = place.with_name(f"{place.name}.log")
@@ -426,7 +426,5 @@ def relative(logits: Any, wanted: Any) -> float:
 def test_llama_cpp_does_not_quantize_integers(
     tiny_llama: Path, grid_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"(?s)holds integers.*gateskip export FOLDER --format gguf"
-    ):
+    with pytest.raises(UserError, match=r"(?s)are integers.*gateskip export FOLDER --format gguf"):
         _gguf(grid_folder(tiny_llama, "int4"), tmp_path, "content", "q4_0", None)

@@ -108,11 +108,11 @@ def test_five_lines_mean_gates_quantizers_and_decoders(tmp_path: Path) -> None:
 def test_a_file_that_names_no_variant_is_refused_with_the_lines_to_add(tmp_path: Path) -> None:
     model = FIVE_LINES.replace("matrix: default\n", "")
     alone = refusal(tmp_path, model)
-    assert alone.startswith("p.yaml:3:1: the file names a model, and no variant of it to make")
+    assert alone.startswith("p.yaml:3:1: the file names a model but no variant of it")
     assert "fix: add the line `matrix: default`" in alone
     stages = model + "stages:\n  int4: {use: int4}\n  gates: {use: gate}\n  low: {use: skip}\n"
     said = refusal(tmp_path, stages)
-    assert said.startswith("p.yaml:5:1: the file names stages, and no variant to make with them")
+    assert said.startswith("p.yaml:5:1: the file names stages but no variant that uses them")
     assert said.endswith(
         "or add `matrix: default` (gates, 8 or 4 bits and ways of decoding, in every combination)"
     )
@@ -121,7 +121,7 @@ def test_a_file_that_names_no_variant_is_refused_with_the_lines_to_add(tmp_path:
     plan = make_plan(load(tmp_path, stages + block))
     assert [cell.name for cell in plan.cells] == ["dense", "int4", "gates", "low"]
     for empty in ("pipelines: {}\n", "matrix: null\n", "search: null\n"):
-        assert "no variant to make" in refusal(tmp_path, stages + empty)
+        assert "no variant that uses them" in refusal(tmp_path, stages + empty)
     assert load(tmp_path, stages + "search: {}\n").matrix is None
 
 
@@ -227,11 +227,11 @@ def test_settings_in_groups_mean_what_they_mean_without(tmp_path: Path) -> None:
         ("kind: mlp,", "kind: none,", "7:18: stages.gates.gate.kind: expected 'scalar', 'vector'"),
         ("mlp: 16", "mpl: 16", "7:48: unknown key 'mpl' in stages.gates.gate.shortcut: did you"),
         ("steps: 30", "kind: mlp", "8:13: stages.gates.train.kind: kind belongs in gate"),
-        ("steps: 30", "recipe: ours", "8:13: stages.gates.train.recipe: recipe belongs beside"),
+        ("steps: 30", "recipe: ours", "8:13: stages.gates.train.recipe: recipe belongs outside"),
         (
             "use: gate",
             "use: gate\n    steps: 1",
-            "9:13: stages.gates.train.steps: steps stands twi",
+            "9:13: stages.gates.train.steps: steps is given twice",
         ),
         ("{budgets: [0.8]}", "7", "9:5: stages.gates.calibrate: expected a mapping of settings"),
         ("kind: mlp,", "init: gone.safetensors,", "7:18: there is no file "),
@@ -295,14 +295,14 @@ def test_a_mistake_in_a_group_has_its_line(
         ),
         ("schema: 1", "schema: 2", "1:9: schema: expected 1, not 2"),
         ("name: smollm2-matrix\n", "", "1:1: the file lacks the key 'name'"),
-        ("seed: 0", "seed: 0\nseed: 1", "4:1: the key 'seed' stands here again (first: line 3)"),
+        ("seed: 0", "seed: 0\nseed: 1", "4:1: the key 'seed' is given twice (first on line 3)"),
         ("seed: 0", "seed: [1]", "3:7: seed: expected a whole number, not a list"),
         ("seed: 0", "seed: {a: 1}", "3:7: seed: expected a whole number, not a mapping"),
         ("use: gptq,", "use: gptqq,", "16:17: unknown stage 'gptqq': did you mean 'gptq'?"),
         ("use: gptq, ", "", "16:11: stages.gptq4 lacks the key 'use'"),
         ("{use: skip, budget: 0.8}", "7", "17:11: stages.skip80: expected a mapping, not 7"),
-        ("count: 3", "count: 3, layers: [1]", "11:11: stages.drop3: drop-layers takes either"),
-        ("drop3:", "none: ", "11:3: stages.none: 'none' already means something here"),
+        ("count: 3", "count: 3, layers: [1]", "11:11: stages.drop3: drop-layers needs either"),
+        ("drop3:", "none: ", "11:3: stages.none: 'none' is a reserved name"),
         ("drop3:", "a+b: ", "11:3: stages.a+b: 'a+b' is not a name"),
         ("gptq4, spec]", "gptq5, spec]", "20:34: no stage is named 'gptq5': did you mean 'gptq4'?"),
         ("drop3, [n", "drop4, [n", "22:20: no stage is named 'drop4': did you mean 'drop3'?"),
@@ -339,10 +339,10 @@ def test_mistake_is_reported_at_its_place(tmp_path: Path, old: str, new: str, me
         ("a: 1\n---\nb: 2\n", "p.yaml:2:1: not YAML: but found another document"),
         ("a: \x07\n", "p.yaml:1:4: not YAML: unacceptable character U+0007"),
         ("a: *b\n", "p.yaml:1:4: not YAML: found undefined alias 'b'"),
-        ("a: &a [*a]\n", "p.yaml:1:4: this alias stands inside its own anchor"),
-        ("a: !x 1\n", "p.yaml:1:4: the tag '!x' means nothing here"),
-        ("[a]: 1\n", "p.yaml:1:1: a key is a word"),
-        ("<<: 3\n", "p.yaml:1:5: '<<' takes a mapping"),
+        ("a: &a [*a]\n", "p.yaml:1:4: this alias refers to a value that contains it"),
+        ("a: !x 1\n", "p.yaml:1:4: the tag '!x' is not supported"),
+        ("[a]: 1\n", "p.yaml:1:1: a key must be text"),
+        ("<<: 3\n", "p.yaml:1:5: '<<' needs a mapping"),
         ("name: x\nmodel: smollm2\n", "p.yaml:2:8: model: expected a mapping, not 'smollm2'"),
         ("name: x\nmodel: {source: m}\nmatrix: all\n", "p.yaml:3:9: matrix: 'all' is not a matrix"),
         ("name: x\nmodel: {source: m}\nmatrix: {}\n", "p.yaml:3:1: the matrix has no axis"),

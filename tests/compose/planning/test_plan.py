@@ -127,14 +127,14 @@ def test_drafts_that_are_verified_at_a_budget_are_compared_with_skipping(tmp_pat
     assert (spec.plain, skip.plain, skip.origin) == ("gates+skip80", "gates", "plain")
     assert spec.decode == Speculate(draft_weights="int4", draft_budget=0.8, verify_budget=0.8)
     assert spec.weights == skip.weights
-    with pytest.raises(PipelineError, match=r"p.yaml:\d+:\d+: .*no stage skips") as raised:
+    with pytest.raises(
+        PipelineError, match=r"p.yaml:\d+:\d+: .*at that budget, and there is none"
+    ) as raised:
         plan_of(tmp_path, VERIFIED.replace("0.8", "0.7"))
-    assert raised.value.fix == "add a stage, as in skip70: {use: skip, budget: 0.7}"
-    with pytest.raises(PipelineError, match=r"no stage skips") as raised:
+    assert raised.value.fix == "add one: skip70: {use: skip, budget: 0.7}"
+    with pytest.raises(PipelineError, match=r"at that budget, and there is none") as raised:
         plan_of(tmp_path, VERIFIED.replace("verify_budget", "prompt_budget"))
-    assert (
-        raised.value.fix == "add a stage, as in skip80: {use: skip, budget: 1, prompt_budget: 0.8}"
-    )
+    assert raised.value.fix == "add one: skip80: {use: skip, budget: 1, prompt_budget: 0.8}"
 
 
 def test_dense_is_planned_even_when_nobody_asks(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_further_seeds_repeat_what_has_weights_of_its_own(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("seeds", ["[1, 1]", "[0]"])
 def test_a_seed_named_twice_is_refused_at_its_place(tmp_path: Path, seeds: str) -> None:
-    with pytest.raises(PipelineError, match=r"p\.yaml:13:\d+: seed \d is named twice"):
+    with pytest.raises(PipelineError, match=r"p\.yaml:13:\d+: seed \d is listed twice"):
         plan_of(tmp_path, f"more_seeds: {seeds}\npipelines: {{a: [gates]}}\n")
 
 

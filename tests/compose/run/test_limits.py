@@ -148,7 +148,7 @@ def test_a_worker_that_holds_too_much_is_ended(tmp_path: Path) -> None:
     ending = ended(idle(tmp_path, Allowed(memory=1_000_000, name="limits.step")))
     assert ending.limit == "limits.step.memory_mb"
     assert ending.most_bytes is not None and ending.most_bytes > 1_000_000
-    assert "it held" in ending.as_text()
+    assert "it used" in ending.as_text()
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_a_worker_that_we_stopped_has_no_ending(tmp_path: Path) -> None:
 def test_what_the_kernel_counted_is_said() -> None:
     assert oom_kills() >= 0
     text = Ending(signal="SIGKILL", most_bytes=3_000_000_000, oom_kills=1).as_text()
-    assert "3 GB of memory at most" in text.replace("3.0 GB", "3 GB")
-    assert "the kernel ended 1 process(es) for want of memory" in text
+    assert "at most 3 GB of memory" in text.replace("3.0 GB", "3 GB")
+    assert "the kernel killed 1 process(es) for lack of memory" in text
 
 
 def test_an_ending_survives_its_error() -> None:

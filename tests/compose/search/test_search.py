@@ -132,7 +132,7 @@ def probe(name: str, kl: float, width: float, decode: float, **more: Any) -> Pro
         ("narrow: {ratio: [0.1", "narow: {ratio: [0.1", 16, "did you mean 'narrow'"),
         ("drop:   {count: [1", "drop:   {counts: [1", 17, "did you mean 'count'"),
         ("{group_size: [32, 64]}", "{group_size: [32, 33]}", 18, "group_size: 33"),
-        ("{count: [1, 2]}", "{count: []}", 17, "count has no value"),
+        ("{count: [1, 2]}", "{count: []}", 17, "count lists no value"),
         ("{count: [1, 2]}", "{count: [2, 2]}", 17, "listed twice"),
         ("  axes:", "  axis:", 11, "did you mean 'axes'"),
     ],

@@ -336,7 +336,7 @@ def test_groups_divide() -> None:
     shape = ModelShape("llama", 64, 96, 2, 4, 2, 16, 100, True)
     with pytest.raises(RuleBroken, match="96 inputs"):
         Int4(use="int4", group_size=64).check(shape, ())
-    with pytest.raises(RuleBroken, match="beside the gates"):
+    with pytest.raises(RuleBroken, match="together with gates"):
         Gate(use="gate").check(shape, (Int4(use="int4"),))
 
 
@@ -376,9 +376,9 @@ def test_values_that_are_asked_for_stand_above_bits_by_need(round_it: Callable[.
 
 
 def test_a_size_that_cannot_be_met_is_refused(round_it: Callable[..., Made]) -> None:
-    with pytest.raises(UserError, match="allocate cannot be met"):
+    with pytest.raises(UserError, match="allocate finds no bits that fit"):
         round_it(use="int4", allocate={"size_mb": 0.001})
-    with pytest.raises(ValidationError, match="one of size_mb and bits_per_weight"):
+    with pytest.raises(ValidationError, match="either size_mb or bits_per_weight"):
         Int4.model_validate({"use": "int4", "allocate": {}})
 
 

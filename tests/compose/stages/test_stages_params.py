@@ -288,7 +288,7 @@ def test_a_copy_that_drafts_has_fewer_bits(quantizer: Stage | None, copies: set[
 
 
 def test_what_can_draft_instead_is_named() -> None:
-    with pytest.raises(RuleBroken, match="4 bits of weights in 4 bits") as refused:
+    with pytest.raises(RuleBroken, match="4-bit copy of 4-bit weights") as refused:
         drafted_by("int4").check(SHAPE, (Gptq(),))
     assert "int3, int2, int4-head, own or auto" in str(refused.value.fix)
 

@@ -44,9 +44,11 @@ def test_between_two_that_are_near() -> None:
 
 def test_what_would_keep_something_else_is_refused() -> None:
     """With `budgets: [0.8]`, 0.9 skipped what 0.8 skips, without a word."""
-    with pytest.raises(ValueError, match=r"0\.9 would keep 0\.80 .* calibrated are 0\.7, 0\.8"):
+    with pytest.raises(
+        ValueError, match=r"0\.9 would keep 0\.80 .* calibrated budget \(0\.7, 0\.8"
+    ):
         two().at(0.9)
-    with pytest.raises(ValueError, match=r"name 0\.9 in the gate stage's budgets"):
+    with pytest.raises(ValueError, match=r"add 0\.9 to the gate stage's budgets"):
         two().at(0.9)
     with pytest.raises(ValueError, match=r"the lowest is 0\.7"):
         two().at(0.69)
@@ -56,7 +58,7 @@ def test_what_would_keep_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.75 would keep 0\.78"):
         skewed.at(0.75)
     wide = CalibratedBudgets({0.5: [2.0], 0.9: [0.0]})
-    with pytest.raises(ValueError, match=r"budget 0\.7 keeps, between 0\.5 and 0\.9, was never"):
+    with pytest.raises(ValueError, match=r"budget 0\.7 keeps was never measured: use 0\.5 or 0\.9"):
         wide.at(0.7)
 
 

@@ -312,11 +312,11 @@ def test_reading_asks_for_measured_harm(made: Any) -> None:
         train_gates(model, bare, blocks, config)
     with pytest.raises(ValueError, match="leave on_policy out"):
         train_gates(model, gates, blocks, replace(config, on_policy=OnPolicy()))
-    with pytest.raises(ValidationError, match="name prompt_budgets"):
+    with pytest.raises(ValidationError, match="set prompt_budgets"):
         Gate(reading=True)
-    with pytest.raises(ValidationError, match="ranks branches by harm"):
+    with pytest.raises(ValidationError, match="ranks branches by sensitivity"):
         Gate(reading=True, prompt_budgets=(0.8,), prompt_order="depth")
-    with pytest.raises(ValidationError, match="depth is for prompts"):
+    with pytest.raises(ValidationError, match="depth applies to prompts"):
         Gate(prompt_order="depth")
     with pytest.raises(ValidationError, match="leave on_policy out"):
         Gate.model_validate({"reading": True, "prompt_budgets": [0.8], "on_policy": {}})

@@ -385,8 +385,8 @@ def test_a_network_of_another_model_is_refused(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"steps": 0}, "name one with init"),
-        ({"init": "a.safetensors", "inner": 8}, "those of the network that init names"),
+        ({"steps": 0}, "name a trained network with init"),
+        ({"init": "a.safetensors", "inner": 8}, "the network that init names sets"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:

@@ -100,7 +100,7 @@ def test_gates_survive_a_folder(kind: str, tmp_path: Path) -> None:
 def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="'matrix': one of scalar"):
         make_gates("matrix", 2, H)
-    with pytest.raises(ValueError, match="asks for scales"):
+    with pytest.raises(ValueError, match="needs scales"):
         make_gates("scalar", 2, H, place="before")
 
 

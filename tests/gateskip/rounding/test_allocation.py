@@ -109,5 +109,5 @@ def test_bytes_are_never_exceeded_and_well_spent(
 
 
 def test_a_size_below_the_smallest_is_refused() -> None:
-    with pytest.raises(ValueError, match="smallest choice takes 20 bytes, and 19 are allowed"):
+    with pytest.raises(ValueError, match="smallest choice takes 20 bytes, but only 19 are allowed"):
         allocate({"a": {2: 1.0, 4: 0.1}}, {"a": {2: 20, 4: 40}}, 19)

@@ -335,7 +335,7 @@ def packed(linear: torch.nn.Linear, form: str, generator: torch.Generator) -> Pa
 
 def test_what_it_cannot_run_stays_in_torch(make_tiny: Callable[..., Path]) -> None:
     odd = make_tiny("llama", hidden_act="relu")
-    with pytest.raises(UnsupportedModel, match="activation relu runs in torch"):
+    with pytest.raises(UnsupportedModel, match="the activation relu has no native kernel"):
         Engine(load_model(odd, "float32"), None)
     llama = load_model(make_tiny("llama"), "float32")
     gates = make_gates("vector", len(find_branches(llama)), 64)
@@ -343,7 +343,7 @@ def test_what_it_cannot_run_stays_in_torch(make_tiny: Callable[..., Path]) -> No
         Engine(llama, gates)
     with pytest.raises(UnsupportedModel, match="float16"):
         Engine(load_model(make_tiny("llama"), "float16"), None)
-    with pytest.warns(UserWarning, match="decodes in torch, slower: activation relu"):
+    with pytest.warns(UserWarning, match="decodes in torch, slower: the activation relu"):
         decoder = gateskip.load(odd)
     assert decoder.backend == "gathered" and "relu" in str(decoder.fallback)
     assert gateskip.load(make_tiny("llama")).backend == "native"

@@ -147,8 +147,8 @@ def test_states_are_near_torchs(make_tiny: Callable[..., Path], inner: int, dtyp
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"hidden_size": 60, "head_dim": 16}, "hidden_size 60 runs in torch: no multiple of 8"),
-        ({"head_dim": 12}, "head_dim 12 runs in torch: no multiple of 8"),
+        ({"hidden_size": 60, "head_dim": 16}, "hidden_size 60 is not a multiple of 8"),
+        ({"head_dim": 12}, "head_dim 12 is not a multiple of 8"),
     ],
 )
 def test_other_widths_are_refused_by_name(

@@ -325,7 +325,7 @@ def test_what_each_process_holds_of_a_shared_out_model(together: Path) -> None:
 
 def test_what_cannot_be_shared_out_is_refused(together: Path) -> None:
     told = torch.load(together / "refused-2-0.pt")
-    assert "launch without --use_fsdp" in told["frozen"] and "only gates do" in told["frozen"]
+    assert "launch without --use_fsdp" in told["frozen"] and "trains only gates" in told["frozen"]
     assert "packed weights" in told["scales"]
     assert "fp16 is not supported" in told["fp16"]
 

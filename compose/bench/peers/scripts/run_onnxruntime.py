@@ -1,4 +1,5 @@
-"""The peer `onnxruntime`: the generate() API of onnxruntime-genai on a model of its own builder."""
+"""The peer `onnxruntime`: the generate() API of onnxruntime-genai on a model from its model
+builder."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class OnnxRuntime:
         self.session: Any = None
 
     def convert(self, source: str, target: str, option: str, threads: int) -> dict[str, Any]:
-        """Build by the command of its documentation, at its defaults for the CPU."""
+        """Build by the documented command, at its defaults for the CPU."""
         scratch = Path(target) / "scratch"
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += ["-i", source, "-o", target, "-p", option, "-e", "cpu", "-c", str(scratch)]
@@ -91,7 +92,8 @@ class OnnxRuntime:
         return answer
 
     def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
-        """Write float32 logits [N, S, V] as .npy: onnxruntime on the model's graph, no past."""
+        """Write float32 logits [N, S, V] as .npy, from onnxruntime on the model's graph without a
+        KV cache."""
         answer: dict[str, Any] = write_logits(path, blocks, vocabulary, self._forward)
         return answer
 

@@ -70,8 +70,8 @@ class OpenVino:
     ) -> dict[str, Any]:
         """Add a request for each row, then step until all are finished.
 
-        Rows whose prompts come first may be ahead when the last row has its first token; their
-        tokens until then are counted in `first_tokens`.
+        Rows whose prompts come first may have more tokens when the last row gets its first token;
+        `first_tokens` counts these.
         """
         import numpy
 

@@ -1,4 +1,4 @@
-"""The peer `transformers`: `generate` on a folder as `from_pretrained` gives it."""
+"""The peer `transformers`: `generate` on a folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WARM_TOKENS = 4
 
 
 class Transformers:
-    """One loaded model, and for `compiled` one static cache a batch size."""
+    """One loaded model, and for `compiled` one static cache for each batch size."""
 
     def load(
         self, model: str, option: str, threads: int, context: int, batch: int, **_: Any
@@ -64,7 +64,7 @@ class Transformers:
 
         The first token is timed by a stopping criterion, which transformers calls after each step:
         prefill and decoding are two parts of one call. `compiled_graphs` counts the graphs compiled
-        meanwhile: where it is not 0, the times include compilation.
+        during the call; where it is not 0, the times include compilation.
         """
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList

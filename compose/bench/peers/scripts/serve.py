@@ -32,7 +32,8 @@ def serve(peer: Any) -> None:
 
 
 def _own_pipes() -> tuple[Any, Any]:
-    """Standard input and output as files of our own; libraries that print reach the error log."""
+    """Standard input and output for the protocol only; output of libraries goes to the error
+    log."""
     requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -43,7 +44,7 @@ def _own_pipes() -> tuple[Any, Any]:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not say."""
+    """Memory that this process uses now, in bytes; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -56,12 +57,12 @@ BARE = resident_bytes()
 
 
 def held_bytes() -> int:
-    """Memory held beyond that of the bare interpreter: library, weights, cache and buffers."""
+    """Memory used beyond that of the bare interpreter: library, weights, cache and buffers."""
     return resident_bytes() - BARE
 
 
 def cut(tokens: list[int], stop: list[int]) -> list[int]:
-    """Up to and with the first stop token."""
+    """Tokens up to the first stop token, which is included."""
     end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
     return tokens[: end + 1]
 
@@ -69,10 +70,10 @@ def cut(tokens: list[int], stop: list[int]) -> list[int]:
 def timed(
     tokens: list[list[int]], started: float, first: float, ended: float, first_tokens: int
 ) -> dict[str, Any]:
-    """The answer to `generate`: one definition of prefill and decode for every engine.
+    """The answer to `generate`, with one definition of prefill and decoding for every engine.
 
-    Prefill lasts from the call to the moment when every row has its first token, which is the time
-    to first token; all the rest is decoding. `first_tokens` were there when prefill ended.
+    Prefill lasts from the call until every row has its first token, which is the time to first
+    token; the rest is decoding. `first_tokens` is the number of tokens when prefill ended.
     """
     return {
         "tokens": tokens,
