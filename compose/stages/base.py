@@ -59,6 +59,9 @@ class Stage(BaseModel):
     on_gpu: ClassVar[bool] = False
     """Whether `run` works on a GPU where there is one."""
 
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Libraries that `run` imports beside torch and transformers, by their import names."""
+
     use: str
     """Which stage this is: a key of `compose.stages.registry.STAGES`."""
 

@@ -7,6 +7,7 @@ each rounding error (gateskip/rounding/compensate.py).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -37,6 +38,7 @@ from compose.stages.quantize.linears import (
     matching,
     value_projections,
 )
+from compose.store import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,6 +197,7 @@ class Integers(Stage):
         from compose.stages.text.split_text import split_blocks
         from gateskip.quantization.folders import load_model
         from gateskip.rounding.allocation import distribution, mean_kl
+        from gateskip.rounding.layer_files import LayerFiles
         from gateskip.rounding.layerwise import round_layers
 
         blocks = split_blocks(job, "calibration", AutoTokenizer.from_pretrained(job.source))
@@ -216,6 +219,7 @@ class Integers(Stage):
             self.compensate,
             lambda done, total: job.progress(done, total, f"rounding to {self.bits} bits"),
             let_go=not whole,
+            finished=LayerFiles(job.work / "layers"),
         ):
             grids[name] = self._stored(rounded.grid)
             errors[name] = float(f"{rounded.error:.4g}")
@@ -303,7 +307,13 @@ class Integers(Stage):
 
         if self.allocate.by == "gradients":
             return estimate_costs(model, blocks, of, job.seed, progress)
-        return measure_costs(model, blocks[: self.allocate.blocks], of, progress)
+        file = job.work / "costs.json"
+        known = {
+            name: {int(bits): cost for bits, cost in costs.items()}
+            for name, costs in (read_json(file) or {}).items()
+        }
+        some = blocks[: self.allocate.blocks]
+        return measure_costs(model, some, of, progress, known, partial(write_json, file))
 
     def _limit(
         self, job: StageJob, layers: dict[str, Any], how: dict[str, Rounding], fixed: set[str]
