@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from compose.assets import (
     first_available,
@@ -98,12 +99,13 @@ def _fetch(run: RunState, found: Readiness) -> list[Missing]:
     line = run.board.line(f"fetch {', '.join(found.fetched())}")
     call = partial(run.workers.call, "fetch", found.to_fetch, line)
     try:
-        lacking = [Missing(what, fix) for what, fix in attempted(run, "fetch", line, call)]
+        answer: Any = attempted(run, "fetch", line, call)
     except ComposeError as error:
         line.failed(first_line(error))
         raise
     finally:
         remove_scratch(run.folder.log("fetch"))
+    lacking = [Missing(what, fix) for what, fix in answer]
     if lacking:
         line.failed(f"{len(lacking)} cannot be had")
     else:
