@@ -144,7 +144,7 @@ def readiness_text(ready: Readiness) -> str:
     """What is fetched before the first step, and what is missing; empty where nothing is."""
     parts = []
     if fetched := ready.fetched():
-        parts.append("\n  ".join(["Before the first step are fetched:", *fetched]))
+        parts.append("\n  ".join(["Fetched before the first step:", *fetched]))
     if ready.missing:
         parts.append(str(not_ready(list(ready.missing))))
     return printable("\n".join(parts))
