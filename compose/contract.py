@@ -34,6 +34,7 @@ Role = Literal[
     "convert",
     "compressed-tensors",
     "probe",
+    "fetch",
 ]
 """What a worker does; `compose.workers.main` describes each."""
 
@@ -270,6 +271,22 @@ class ProbeJob:
     """Try the libraries that stages need."""
 
 
+@dataclass(frozen=True)
+class FetchJob:
+    """Fetch the inputs of a plan; see `compose.workers.fetch`."""
+
+    cache: Path
+    model: str | None
+    """The source model; None where it is not needed or is here."""
+    keep_blocks: bool
+    """Whether the model's GGUF blocks are kept."""
+    texts: tuple[tuple[str, ...], ...]
+    """Of each text the sources in order: one of them is enough."""
+    tasks: tuple[str, ...]
+    peers: tuple[str, ...]
+    """Other engines whose environments are made."""
+
+
 Job = (
     StepJob
     | CheckJob
@@ -283,6 +300,7 @@ Job = (
     | ConvertJob
     | CompressedTensorsJob
     | ProbeJob
+    | FetchJob
 )
 
 JOBS: Mapping[Role, type[Job]] = {
@@ -298,6 +316,7 @@ JOBS: Mapping[Role, type[Job]] = {
     "convert": ConvertJob,
     "compressed-tensors": CompressedTensorsJob,
     "probe": ProbeJob,
+    "fetch": FetchJob,
 }
 """The class of each role's job."""
 

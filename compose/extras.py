@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 from compose.errors import UserError
@@ -58,12 +59,27 @@ def require(*extras: str) -> None:
     """Check, without importing them, that all libraries of these extras can be found.
 
     Raises:
-        UserError: for the first one that is not installed.
+        UserError: for the first extra with a library that is not installed.
     """
-    for extra in extras:
-        for name in EXTRAS[extra]:
-            if find_spec(name) is None:
-                raise UserError(f"the library {name} is not installed", fix=command(extra))
+    for error in not_installed(name for extra in extras for name in EXTRAS[extra]):
+        raise error
+
+
+def not_installed(names: Iterable[str]) -> list[UserError]:
+    """An error for each extra that has some of these libraries, by import name, and is not
+    installed whole. Nothing is imported."""
+    absent: dict[str | None, list[str]] = {}
+    for name in dict.fromkeys(names):
+        if find_spec(name) is None:
+            absent.setdefault(extra_of(name), []).append(name)
+    return [_not_installed(extra, libraries) for extra, libraries in absent.items()]
+
+
+def _not_installed(extra: str | None, libraries: list[str]) -> UserError:
+    which = "library" if len(libraries) == 1 else "libraries"
+    verb = "is" if len(libraries) == 1 else "are"
+    fix = f"pip install {' '.join(libraries)}" if extra is None else command(extra)
+    return UserError(f"the {which} {', '.join(libraries)} {verb} not installed", fix=fix)
 
 
 def command(extra: str) -> str:

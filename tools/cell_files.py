@@ -30,6 +30,11 @@ WAY = (
 engine, and what comes after the measurement: results, reports, the terminal."""
 STAGE = ("compose/stages/prune/", "compose/stages/text/", "compose/stages/gate_transfer.py")
 """What this stage does, and not how it is told."""
+BEFORE = (
+    *("compose/run/preflight.py", "compose/run/room.py", "compose/run/estimate.py"),
+    "compose/workers/fetch.py",
+)
+"""What is looked for, and fetched, before the first step."""
 AFTER = ("compose/outputs/gather.py", "compose/outputs/gather_speed.py")
 
 PIPELINE = """\
@@ -93,9 +98,8 @@ def files_passed() -> list[str]:
 
 def on_the_way(files: list[str]) -> list[str]:
     """Those files that are counted."""
-    return [
-        each for each in files if each.startswith(WAY) and not each.startswith((*STAGE, *AFTER))
-    ]
+    left_out = (*BEFORE, *STAGE, *AFTER)
+    return [each for each in files if each.startswith(WAY) and not each.startswith(left_out)]
 
 
 def main() -> int:

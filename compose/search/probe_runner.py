@@ -15,6 +15,7 @@ from typing import Any
 
 from compose.contract import ANYWHERE, Needs, Role
 from compose.language.schema import Chain
+from compose.outputs.run_folder import RunFolder
 from compose.outputs.sessions import speed_settings
 from compose.planning.fingerprint import fingerprint
 from compose.planning.keys import InputHashes, digest
@@ -22,8 +23,9 @@ from compose.planning.plan import Cell, Plan
 from compose.processes.executors import Executor
 from compose.processes.worker_process import Worker
 from compose.results.environment import capture_environment
+from compose.run.preflight import require_ready
 from compose.run.runner import RunResult, run
-from compose.run.state import Board, Settings
+from compose.run.state import Board, RunState, RunWorkers, Settings
 from compose.search.halving import Rung
 from compose.search.probes import Probe, ProbeStore, probe_key, probe_of
 from compose.search.space import Space, plan_chains
@@ -67,11 +69,24 @@ class ProbeRunner:
         executor: Executor,
         board: Board,
     ) -> None:
-        self.space, self.settings, self.board = space, settings, board
+        self.space, self.board = space, board
+        self.settings = replace(settings, room=False)  # chains that do not fit fail, others go on
         self._shape, self._hashes, self._executor = shape, hashes, Shared(executor)
         self.folder = settings.out.absolute() / f"{space.pipeline.name}-search"
         self.store = Store.beside(settings.out.absolute())
         self.probes = ProbeStore(self.store)
+
+    def require_ready(self) -> None:
+        """Fetch all that the file's own benchmark of any chain needs, before the first chain.
+
+        Raises:
+            UserError: with all that is missing, and a fix for each.
+        """
+        chains = [candidate.chain for candidate in self.space.candidates]
+        plan = self.plan_finalists(chains, f"{self.space.pipeline.name}-found")
+        folder = RunFolder.of(plan, self.settings.out)
+        workers = RunWorkers(self._executor, folder)
+        require_ready(RunState(plan, self.settings, folder, workers, self.board), list(plan.cells))
 
     def measure(self, chains: Sequence[Chain], rung: Rung) -> dict[Chain, Probe]:
         """The probes of these chains on a rung, and of the plain cells of those that skip or

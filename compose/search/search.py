@@ -147,6 +147,7 @@ class _Search:
 
     def run(self) -> SearchResult:
         """All rungs, and the file."""
+        self.runner.require_ready()
         probes = self._first_rung()
         finalists = self._further_rungs(probes)
         name = f"{self.pipeline.name}-found"

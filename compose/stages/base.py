@@ -60,6 +60,9 @@ class Stage(BaseModel):
     on_gpu: ClassVar[bool] = False
     """Whether `run` uses a GPU where there is one."""
 
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Libraries that `run` imports beside torch and transformers, by their import names."""
+
     use: str
     """Name of the stage: a key of `compose.stages.registry.STAGES`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -20,6 +21,7 @@ from compose.stages.base import (
     StageJob,
     training_bytes,
 )
+from compose.stages.finished import once
 from compose.stages.gate_settings import (
     GROUPS,
     OPEN,
@@ -31,6 +33,7 @@ from compose.stages.gate_settings import (
 )
 from compose.stages.on_policy import as_settings, require_room
 from compose.stages.prompts import prompts_to_answer
+from compose.store import new_file
 from gateskip.training.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ SENSITIVITY_BLOCKS = 8  # each takes a pass over half of the model for every bra
 VALIDATION_BLOCKS = 2
 SUMS = 2  # products of a branch's inputs with each other, and with its outputs
 LOGITS = 5  # copies of a block's that exist at once
+START = "start.pt"  # in a step's scratch: gates before their training
 
 
 class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
@@ -139,7 +143,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
             accelerate_linears(model)  # unpacks 4-bit weights faster than their own modules do
         gates, sensitivity = self._start(job, model, train)
         if self.reading:
-            self._measure_sensitivity(job, model, gates, calibration)
+            self._measure_sensitivity(job, model, gates, calibration, "before training")
         curve = self._train(job, model, gates, train, calibration)
         if gates.shortcuts is not None:
             gates.shortcuts.settle()
@@ -186,7 +190,6 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
     def _start(self, job: StageJob, model: Any, train: Tensor) -> tuple[Gates, list[float] | None]:
         """Initial gates, with the branches' sensitivities where these are needed."""
         from gateskip.calibration.fit_shortcuts import fit_shortcuts
-        from gateskip.calibration.warm_start import sensitivities, warm_start
         from gateskip.gates.kinds import make_gates
         from gateskip.model.families import find_branches
 
@@ -204,11 +207,24 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         else:
             gates = self._read(sizes, model)
         gates.attach(model)
+        if (job.work / START).is_file():
+            return gates, restored(gates, ranks, job.work / START)
         if max(ranks) and gates.shortcuts is None:
             job.progress(0, 1, "fitting shortcuts")
             gates.shortcuts = fit_shortcuts(model, train[:SHORTCUT_BLOCKS], ranks)
+        sensitivity = self._first_weights(job, model, gates, train)
+        keep(gates, sensitivity, job.work / START)
+        return gates, sensitivity
+
+    def _first_weights(
+        self, job: StageJob, model: Any, gates: Gates, train: Tensor
+    ) -> list[float] | None:
+        """Set a warm start's weights in the gates; the branches' sensitivities where they are
+        needed."""
+        from gateskip.calibration.warm_start import sensitivities, warm_start
+
         if self.init == WARM:
-            return warm_start(
+            _, sensitivity = warm_start(
                 model,
                 train[:WARM_BLOCKS],
                 kv_rule=self.kv,
@@ -216,10 +232,11 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
                 gates=gates,
                 checkpointing=self.checkpointing,
             )
+            return sensitivity
         if self.allocation != "sensitivity":
-            return gates, None
+            return None
         blocks = train[:SENSITIVITY_BLOCKS]
-        return gates, sensitivities(model, blocks, checkpointing=self.checkpointing)
+        return sensitivities(model, blocks, checkpointing=self.checkpointing)
 
     def _ranks(self, kinds: list[str]) -> list[int]:
         """The rank of each branch's shortcut, by the branches' kinds."""
@@ -285,6 +302,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
     ) -> CalibratedBudgets:
         """Thresholds for every budget, and for those between them, on blocks [N, S] or on text that
         the model writes. No token enters the branches `gone`."""
+        from gateskip.calibration.budgets import CalibratedBudgets
         from gateskip.calibration.thresholds import calibrate_everywhere
         from gateskip.model.families import find_branches
         from gateskip.training.written_calibration import calibrate_written
@@ -300,9 +318,10 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
             "closed": frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
             "progress": job.progress,
         }
-        budgets = calibrate_everywhere(
-            model, gates, blocks, self.budgets, self.kv, gone, **settings
+        of_text = partial(
+            calibrate_everywhere, model, gates, blocks, self.budgets, self.kv, gone, **settings
         )
+        budgets = once(job.work / "budgets.json", CalibratedBudgets, of_text)
         budgets = replace(
             budgets, prompts=self._for_prompts(job, model, gates, blocks, gone, settings)
         )
@@ -334,14 +353,16 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         settings: dict[str, Any],
     ) -> CalibratedBudgets | None:
         """Thresholds for tokens of prompts, on blocks [N, S]; None without `prompt_budgets`."""
+        from gateskip.calibration.budgets import CalibratedBudgets
         from gateskip.calibration.reading import calibrate_prompts
 
         if not self.prompt_budgets:
             return None
         if self.prompt_order == "harm":
-            self._measure_sensitivity(job, model, gates, blocks)
+            self._measure_sensitivity(job, model, gates, blocks, "after training")
         shared = {name: settings[name] for name in ("min_share", "max_share", "closed", "progress")}
-        return calibrate_prompts(
+        of_prompts = partial(
+            calibrate_prompts,
             model,
             gates,
             blocks,
@@ -351,17 +372,25 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
             self.prompt_order,
             **shared,
         )
+        return once(job.work / "prompt-budgets.json", CalibratedBudgets, of_prompts)
 
-    def _measure_sensitivity(self, job: StageJob, model: Any, gates: Gates, blocks: Tensor) -> None:
+    def _measure_sensitivity(
+        self, job: StageJob, model: Any, gates: Gates, blocks: Tensor, when: str
+    ) -> None:
         """Measure how sensitive answers are to skipping each branch in prompts, unless the gates
         already have that for these very weights."""
+        import torch
+
         from gateskip.calibration.reading import prompt_sensitivity
 
-        if gates.prompt_sensitivity is None or self.backbone != "frozen":
+        def measured() -> list[float]:
             some = blocks[:SENSITIVITY_BLOCKS]
-            gates.prompt_sensitivity = prompt_sensitivity(
-                model, gates, some, self.kv, job.seed, job.progress
-            )
+            nats = prompt_sensitivity(model, gates, some, self.kv, job.seed, job.progress)
+            return [float(each) for each in nats]
+
+        if gates.prompt_sensitivity is None or self.backbone != "frozen":
+            file = job.work / f"prompt-sensitivity-{when.replace(' ', '-')}.json"
+            gates.prompt_sensitivity = torch.tensor(once(file, list[float], measured))
 
     def _save_backbone(self, job: StageJob, model: Any) -> None:
         """Save a trained backbone; keep the source's files for a frozen one."""
@@ -383,6 +412,33 @@ def unseen(train: Tensor, calibration: Tensor) -> Tensor:
     held = {tuple(row) for row in calibration.tolist()}
     left = train[tensor([tuple(row) not in held for row in train.tolist()])]
     return left if 2 * len(left) >= len(train) else train
+
+
+def keep(gates: Gates, sensitivity: list[float] | None, file: Path) -> None:
+    """Write gates as they begin, for `restored`; with the state of torch's generator, which a warm
+    start draws from."""
+    import torch
+
+    random = torch.get_rng_state()
+    with new_file(file) as unfinished:
+        torch.save(
+            {"gates": gates.state_dict(), "sensitivity": sensitivity, "random": random}, unfinished
+        )
+
+
+def restored(gates: Gates, ranks: list[int], file: Path) -> list[float] | None:
+    """Set what `keep` wrote in gates whose shortcuts have these ranks; the sensitivities."""
+    import torch
+
+    from gateskip.gates.shortcuts import Shortcuts
+
+    state = torch.load(file, weights_only=True)
+    if max(ranks) and gates.shortcuts is None:
+        gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, ranks)
+    gates.load_state_dict(state["gates"])
+    torch.set_rng_state(state["random"])
+    sensitivity: list[float] | None = state["sensitivity"]
+    return sensitivity
 
 
 def _seed(seed: int) -> None:

@@ -21,6 +21,7 @@ from compose.numbers import PLAIN, bytes_text, duration_text, four_digits, metri
 from compose.outputs.run_folder import RunFolder, is_measured, only_code_changed
 from compose.planning.plan import Plan
 from compose.results.schema import CellResult, Results
+from compose.run.preflight import Readiness, not_ready
 from compose.run.runner import RunResult
 from compose.stages.base import Stage
 from compose.table import Entry, Table, text_table
@@ -132,6 +133,22 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
     if text := default_matrix_text(plan.pipeline):
         parts = [Text(text), "", *parts]
     return Group(*parts, "", *limits, Text(plan_counts(plan)))
+
+
+def readiness_state(ready: Readiness) -> dict[str, Any]:
+    """What a plan lacks, and what is fetched before its first step, as JSON."""
+    missing = [{"what": lacking.what, "fix": lacking.fix} for lacking in ready.missing]
+    return {"missing": missing, "to_fetch": ready.fetched()}
+
+
+def readiness_text(ready: Readiness) -> str:
+    """What is fetched before the first step, and what is missing; empty where nothing is."""
+    parts = []
+    if fetched := ready.fetched():
+        parts.append("\n  ".join(["Fetched before the first step:", *fetched]))
+    if ready.missing:
+        parts.append(str(not_ready(list(ready.missing))))
+    return printable("\n".join(parts))
 
 
 def _state(cached: bool, why: str | None = None) -> Entry:

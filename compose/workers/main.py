@@ -13,6 +13,7 @@
     convert   make a GGUF file a folder in the cache              progress, then one answer
     compressed-tensors   write a packed folder in that format and read it back   one answer
     probe     try the libraries, for `gateskip doctor`            a message a library, one answer
+    fetch     fetch what a plan reads, and make environments      progress, then one answer
 
 Commands come as JSON lines on stdin; messages go out as JSON lines on what was stdout when the
 process began (`protocol`). All that is printed in between, by Python or by C, goes to stderr, which
@@ -44,6 +45,7 @@ from compose.contract import (
     CompressedTensorsJob,
     ContinueJob,
     ConvertJob,
+    FetchJob,
     GgufJob,
     InsightJob,
     ProbeJob,
@@ -221,6 +223,12 @@ def _compressed(job: CompressedTensorsJob, channel: Channel) -> dict[str, Any]:
     return write_compressed(job.folder, job.target)
 
 
+def _fetch(job: FetchJob, channel: Channel) -> list[tuple[str, str | None]]:
+    from compose.workers.fetch import fetch
+
+    return fetch(job, channel.progress)
+
+
 def _probe(job: ProbeJob, channel: Channel) -> None:
     probe_libraries(channel.send)
 
@@ -236,6 +244,7 @@ ROLES: dict[Role, Callable[[Any, Channel], Any]] = {
     "convert": _convert,
     "compressed-tensors": _compressed,
     "probe": _probe,
+    "fetch": _fetch,
 }
 """The roles that give one answer. `cell` and `chat` give one a command."""
 

@@ -33,11 +33,14 @@ def measure_costs(
     blocks: Tensor,
     options: Callable[[str], Sequence[Rounding]],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    known: Costs | None = None,
+    keep: Callable[[Costs], None] = lambda costs: None,
 ) -> Costs:
     """The cost of each option of each linear layer that has any, on token ids [N, S].
 
     A layer's inputs come from the unrounded layers below it, which run once: an option of layer l
-    only runs the layers from l on.
+    only runs the layers from l on. Layers in `known` are not measured again; `keep` is called with
+    all costs so far after each layer.
     """
     names = {module: name for name, module in model.named_modules()}
     layers = list(backbone(model).layers)
@@ -49,9 +52,11 @@ def measure_costs(
     ]
     squares = input_squares([part for _, part in linears], lambda: model(blocks, use_cache=False))
     runs = _Runs(model, blocks)
-    costs: Costs = {}
+    costs: Costs = dict(known or {})
     for done, ((number, part), mean) in enumerate(zip(linears, squares, strict=True)):
         progress(done, len(linears))
+        if names[part] in costs:
+            continue
         whole = part.weight.detach().clone()
         costs[names[part]] = {}
         for how in options(names[part]):
@@ -59,6 +64,7 @@ def measure_costs(
             part.weight.copy_(grid.weight())
             costs[names[part]][how.bits] = runs.kl_from(number)
         part.weight.copy_(whole)
+        keep(costs)
     progress(len(linears), len(linears))
     return costs
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,23 +19,15 @@ from torch import Tensor, nn
 from gateskip.kernels.autotune import fast_products
 from gateskip.model.families import backbone
 from gateskip.quantization.as_stored import embed_in_float32
-from gateskip.quantization.grid import Grid
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.rounding.compensate import Rounding, output_error, round_compensated
+from gateskip.rounding.layer_files import LayerFiles, Rounded
 from gateskip.rounding.moments import Moments
 
 BATCH = 4  # blocks in a pass, at most
 
 Choose = Callable[[str], Rounding | None]
 """Layer name -> how it is rounded; None leaves it unchanged."""
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A layer's weights on a grid, and the relative error of its output on calibration text."""
-
-    grid: Grid
-    error: float
 
 
 class _Stop(Exception):
@@ -51,6 +42,7 @@ def round_layers(
     compensate: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
     let_go: bool = False,
+    finished: LayerFiles | None = None,
 ) -> Iterator[tuple[str, Rounded]]:
     """Round every linear module of the layers that `choose` names; blocks [N, S] are token ids.
     Modules come by name as soon as they are rounded.
@@ -59,7 +51,7 @@ def round_layers(
     bfloat16 where that is faster; sums of inputs' products are float32. With `let_go` each layer is
     freed after its turn, and the model cannot run any more; otherwise it keeps the rounded values
     as ordinary weights. Without `compensate` each weight is rounded by itself
-    (quantization/rounding.py).
+    (quantization/rounding.py). Layers in `finished` are taken from there; others are added to it.
     """
     names = {module: name for name, module in model.named_modules()}
     hidden, settings = _entered(model, blocks, let_go)
@@ -67,17 +59,36 @@ def round_layers(
     for number, layer in enumerate(layers):
         progress(number, len(layers))
         layer.float()
-        for modules in _readers(layer, hidden[0], settings[number]):
-            chosen = {names[m]: (m, how) for m in modules if (how := choose(names[m])) is not None}
-            if chosen:
-                moments = _moments(layer, modules[0], hidden, settings[number])
-                yield from _round_readers(chosen, moments, compensate).items()
-                del moments
+        known = None if finished is None else finished.read(number)
+        if known is None:
+            rounded = _round_layer(layer, hidden, settings[number], names, choose, compensate)
+            yield from rounded if finished is None else finished.kept(number, rounded)
+        else:
+            for name, each in known.items():
+                model.get_submodule(name).weight.data = each.grid.weight()
+            yield from known.items()
         for place, part in enumerate(hidden):
             hidden[place] = _passed(layer, part, settings[number])
         if let_go:
             layer.to("meta")
     progress(len(layers), len(layers))
+
+
+def _round_layer(
+    layer: nn.Module,
+    hidden: list[Tensor],
+    settings: dict[str, Any],
+    names: dict[nn.Module, str],
+    choose: Choose,
+    compensate: bool,
+) -> Iterator[tuple[str, Rounded]]:
+    """Round a layer's modules in place, for its inputs [B, S, H] batch by batch."""
+    for modules in _readers(layer, hidden[0], settings):
+        chosen = {names[m]: (m, how) for m in modules if (how := choose(names[m])) is not None}
+        if chosen:
+            moments = _moments(layer, modules[0], hidden, settings)
+            yield from _round_readers(chosen, moments, compensate).items()
+            del moments
 
 
 def _entered(model: Any, blocks: Tensor, let_go: bool) -> tuple[list[Tensor], list[dict[str, Any]]]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gateskip.model.families import backbone
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.rounding.compensate import Rounding
-from gateskip.rounding.layerwise import Choose, Rounded
+from gateskip.rounding.layer_files import Rounded
+from gateskip.rounding.layerwise import Choose
 
 
 @torch.no_grad()

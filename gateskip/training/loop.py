@@ -32,6 +32,10 @@ from gateskip.training.scales import open_scales
 
 Row = dict[str, float]
 CHECKPOINT = "training.pt"
+CHECKPOINT_S = 180.0
+"""Seconds between checkpoints, at most, where steps are long."""
+MOST_SAVING = 0.05
+"""Share of the time that such checkpoints may take."""
 
 
 def precision(setting: str) -> str:
@@ -117,6 +121,7 @@ class Loop:
         self.optimizer: Any = None  # set by the fine-tune, which knows its groups of parameters
         self.schedule: Any = None
         self.shards: sharding.Shards | None = None
+        self._saved_at, self._saving_s = time.monotonic(), 0.0
 
     def shard(self, module: nn.Module, replicated: Iterable[nn.Parameter] = ()) -> nn.Module:
         """The module that trains; with `--use_fsdp` each process holds a shard of it.
@@ -202,9 +207,21 @@ class Loop:
                 measured = {name: value for name, value in row.items() if name != "step"}
                 numbers = measured | rates | {"tokens_per_s": speed}
                 progress(self.step, self.config.steps, "training", detail="", **numbers)
-            if work is not None and self.step % self.config.checkpoint_every == 0:
+            if work is not None and self._is_due():
+                started = time.monotonic()
                 self.save(work)
+                self._saved_at = time.monotonic()
+                self._saving_s = self._saved_at - started
         return self.curve
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is due, by steps or by time. Several processes go by steps alone:
+        their clocks differ, and all of them take part in a checkpoint."""
+        if self.step % self.config.checkpoint_every == 0:
+            return True
+        patience = max(CHECKPOINT_S, self._saving_s / MOST_SAVING)
+        late = time.monotonic() - self._saved_at > patience
+        return late and self.accelerator.num_processes == 1
 
     def _rates(self) -> Row:
         """The learning rate of each group of parameters, by its name in a curve."""

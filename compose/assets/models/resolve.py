@@ -177,10 +177,15 @@ def _how_to_get(source: str, alias: ModelAlias) -> str:
     )
 
 
-def is_fetched(source: str, cache: Path) -> bool:
-    """Whether the alias `source` lies on this machine, from the hub or from its wheel."""
+def is_fetched(source: str, cache: Path, *, keep_blocks: bool = False) -> bool:
+    """Whether the model `source` is on this machine: as a folder, a file, or in a cache."""
+    if source not in MODELS:
+        if Path(source).expanduser().exists():
+            return True
+        name, _, revision = source.partition("@")
+        return cached_snapshot(name, revision or None) is not None
     alias = MODELS[source]
-    if read_record(_wheel_folder(source, cache)) is not None:
+    if read_record(_wheel_folder(source, cache, keep_blocks=keep_blocks)) is not None:
         return True
     return alias.off_grid_of is not None and cached_snapshot(alias.hub) is not None
 

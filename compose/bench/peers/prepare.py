@@ -89,7 +89,8 @@ def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progr
     if is_grid(require_model(folder)):
         raise UserError(
             f"llama.cpp:{option} quantizes float weights, but those of {folder} are integers",
-            fix="write them with `gateskip export FOLDER --format gguf --to F.gguf`, and name llama.cpp:F.gguf",
+            fix="write them with `gateskip export FOLDER --format gguf --to F.gguf`, and name"
+            " llama.cpp:F.gguf",
         )
     kind = "bf16" if option == "bf16" or dtype_of(folder) == "bfloat16" else "f32"
     target = models / f"{content}-gguf-{kind}"

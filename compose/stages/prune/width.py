@@ -33,6 +33,7 @@ class PruneWidth(Pruning):
     """Remove the least important neurons from every MLP; all MLPs keep the same width."""
 
     version: ClassVar[int] = 2
+    libraries: ClassVar[tuple[str, ...]] = ("torch_pruning",)
     example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
 
     use: Literal["prune-width"] = "prune-width"

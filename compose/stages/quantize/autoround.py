@@ -32,6 +32,7 @@ class AutoRound(Stage):
 
     role: ClassVar[Role] = "quantize"
     on_gpu: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("auto_round",)
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["autoround"] = "autoround"

@@ -21,6 +21,7 @@ class Bnb(Stage):
 
     role: ClassVar[Role] = "quantize"
     version: ClassVar[int] = 2
+    libraries: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     example: ClassVar[Mapping[str, Any]] = {"format": "nf4"}
 
     use: Literal["bnb"] = "bnb"

@@ -45,6 +45,7 @@ class Gptq(Stage):
     role: ClassVar[Role] = "quantize"
     on_gpu: ClassVar[bool] = True
     version: ClassVar[int] = 3
+    libraries: ClassVar[tuple[str, ...]] = ("gptqmodel", "optimum")
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["gptq"] = "gptq"

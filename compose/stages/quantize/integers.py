@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,6 +39,7 @@ from compose.stages.quantize.linears import (
     matching,
     value_projections,
 )
+from compose.store import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
     from gateskip.quantization.grid import Grid
     from gateskip.rounding.allocation import Costs
     from gateskip.rounding.compensate import Rounding
-    from gateskip.rounding.layerwise import Choose, Rounded
+    from gateskip.rounding.layer_files import Rounded
+    from gateskip.rounding.layerwise import Choose
 
 MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their inverse
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
@@ -260,6 +263,7 @@ class Integers(Stage):
         self, job: StageJob, model: Any, blocks: Tensor, choose: Choose, *, let_go: bool
     ) -> Iterator[tuple[str, Rounded]]:
         """Every layer on its grid, by name, as soon as it is rounded."""
+        from gateskip.rounding.layer_files import LayerFiles
         from gateskip.rounding.layerwise import round_layers
         from gateskip.rounding.weights_alone import round_weights_alone
 
@@ -268,7 +272,8 @@ class Integers(Stage):
 
         if not self.calibrate:
             return round_weights_alone(model, choose, progress, let_go)
-        return round_layers(model, blocks, choose, self.compensate, progress, let_go)
+        finished = LayerFiles(job.work / "layers")
+        return round_layers(model, blocks, choose, self.compensate, progress, let_go, finished)
 
     def _stored(self, grid: Grid) -> Stored:
         """A grid's tensors in the folder's format."""
@@ -347,7 +352,13 @@ class Integers(Stage):
 
         if self.allocate.by == "gradients":
             return estimate_costs(model, blocks, of, job.seed, progress)
-        return measure_costs(model, blocks[: self.allocate.blocks], of, progress)
+        file = job.work / "costs.json"
+        known = {
+            name: {int(bits): cost for bits, cost in costs.items()}
+            for name, costs in (read_json(file) or {}).items()
+        }
+        some = blocks[: self.allocate.blocks]
+        return measure_costs(model, some, of, progress, known, partial(write_json, file))
 
     def _limit(
         self, job: StageJob, layers: dict[str, Any], how: dict[str, Rounding], fixed: set[str]

@@ -72,10 +72,12 @@ def plan(
     from compose.assets import default_cache
     from compose.outputs.run_folder import RunFolder
     from compose.planning.prepare import load_plan, model_shape
-    from compose.terminal.show import plan_state, plan_tables
+    from compose.run.preflight import look
+    from compose.terminal.show import plan_state, plan_tables, readiness_state, readiness_text
 
     planned = load_plan(file, default_cache())
     folder = RunFolder.of(planned, out)
+    ready = look(planned, folder, settings_of_run(out, again=False), list(planned.cells))
     if estimate:
         from compose.run.estimate import estimate as estimate_of
         from compose.terminal.estimate import estimate_tables
@@ -86,9 +88,12 @@ def plan(
         else:
             Console().print(estimate_tables(estimates))
     elif as_json:
-        typer.echo(json.dumps(plan_state(planned, folder), indent=1))
+        state = plan_state(planned, folder) | readiness_state(ready)
+        typer.echo(json.dumps(state, indent=1))
     else:
         Console().print(plan_tables(planned, folder))
+    if not as_json and (text := readiness_text(ready)):
+        typer.echo(text)
 
 
 def run(
@@ -121,17 +126,12 @@ def run(
 ) -> None:
     """Make and measure every cell (a combination of stages) of a pipeline file."""
     from compose.assets import default_cache
-    from compose.extras import require
     from compose.mirror import Mirror
     from compose.planning.prepare import load_plan
     from compose.processes.executors import make_executor
     from compose.terminal.live.run_shown import run_shown
 
     planned = load_plan(file, default_cache())
-    require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
-    require(*(["tensorboard"] if tensorboard else []))
-    stages = {step.stage.use for step in planned.steps if step.stage is not None}
-    require(*(["autoround"] if "autoround" in stages else []))
     settings = settings_of_run(
         out, tuple(only or ()), again=again, tensorboard=tensorboard, retry_failed=retry_failed
     )
@@ -175,7 +175,6 @@ def search(
     json_lines: AsEvents = False,
 ) -> None:
     """Find the chain of stages that is best in one metric within bounds (docs/search.md)."""
-    from compose.extras import require
     from compose.language.parse import load_pipeline
     from compose.processes.executors import make_executor
     from compose.search.target import make_target
@@ -190,7 +189,6 @@ def search(
         min_retained=min_retained,
     )
     benchmark = load_pipeline(file).benchmark
-    require("report", *(["eval"] if benchmark.quality.tasks else []))
     result = search_shown(
         file,
         target,

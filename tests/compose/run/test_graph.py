@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -42,15 +43,40 @@ def test_the_graph_keeps_order_and_uses_its_slots() -> None:
     assert most == 2
 
 
-def test_what_a_task_raises_ends_the_graph() -> None:
+def test_what_a_task_raises_lets_others_end() -> None:
+    """A text that is not to be had must not cost the hour that another step has worked."""
     done: list[str] = []
     aborted: list[bool] = []
+    failed = threading.Event()
 
     def fail() -> None:
+        failed.set()
         raise AssetError("gone")
 
-    tasks = [Task("a", fail), Task("b", lambda: done.append("b"), ("a",))]
-    with pytest.raises(AssetError):
+    def go_on() -> None:
+        assert failed.wait(PATIENCE_S)
+        time.sleep(0.05)
+        done.append("step")
+
+    tasks = [
+        Task("long", go_on),
+        Task("a", fail),
+        Task("b", lambda: done.append("b"), ("a",)),
+        Task("after", lambda: done.append("after"), ("long",)),
+    ]
+    with pytest.raises(AssetError, match="gone"):
         run_graph(tasks, 2, lambda: aborted.append(True), thread_pool(2))
-    assert done == []
-    assert aborted == [True]
+    assert done == ["step"], "what ran has ended, nothing else has begun"
+    assert aborted == []
+
+
+def test_ctrl_c_ends_what_runs() -> None:
+    ended = threading.Event()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    tasks = [Task("long", lambda: ended.wait(PATIENCE_S) or None), Task("a", interrupted)]
+    with pytest.raises(KeyboardInterrupt):
+        run_graph(tasks, 2, ended.set, thread_pool(2))
+    assert ended.is_set()

@@ -13,7 +13,8 @@ from compose.artifacts.packed_folder import stored_dtype
 from gateskip.model.families import backbone
 from gateskip.quantization.folders import load_model
 from gateskip.rounding.compensate import Rounding
-from gateskip.rounding.layerwise import Rounded, round_layers
+from gateskip.rounding.layer_files import Rounded
+from gateskip.rounding.layerwise import round_layers
 
 BLOCKS = torch.randint(3, 512, (4, 24), generator=torch.Generator().manual_seed(5))
 

@@ -23,6 +23,7 @@ from gateskip.gates.learned import ScalarGates
 from gateskip.kernels import build
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.folders import load_model
+from gateskip.training import loop as loop_module
 from gateskip.training import sharding
 from gateskip.training.budget_price import BudgetPrice
 from gateskip.training.gate_finetune import _Session, train_gates
@@ -112,6 +113,32 @@ class TestTrain:
         assert rest[0] == 5, "goes on after the checkpoint at step 4"
         assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
         assert resumed == curve
+
+    def test_long_steps_leave_checkpoints_by_time(
+        self,
+        tiny_llama: Path,
+        blocks: torch.Tensor,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """None is due by steps; where a step takes longer than the patience, each leaves one."""
+        saved: list[int] = []
+        save = Loop.save
+
+        def noted(loop: Loop, work: Path) -> None:
+            saved.append(loop.step)
+            save(loop, work)
+
+        monkeypatch.setattr(Loop, "save", noted)
+        config = replace(self.CONFIG, steps=3, checkpoint_every=100)
+        model, gates = self.fresh(tiny_llama)
+        train_gates(model, gates, blocks, config, work=tmp_path)
+        assert saved == []
+        monkeypatch.setattr(loop_module, "CHECKPOINT_S", 0.0)
+        monkeypatch.setattr(loop_module, "MOST_SAVING", 1e9)
+        model, gates = self.fresh(tiny_llama)
+        train_gates(model, gates, blocks, config, work=tmp_path)
+        assert saved == [1, 2, 3]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

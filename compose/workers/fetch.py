@@ -1,0 +1,80 @@
+"""Role `fetch`: what a plan reads comes into the cache, and other engines get their environments.
+
+Everything is tried, so that all that cannot be had is told at once. Environments come last: they
+take minutes, and are made only where the rest is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from compose.assets import TASKS, first_available, load_task, resolve_model
+from compose.bench.peers.environment import python_of
+from compose.bench.peers.table import parse_peer
+from compose.contract import FetchJob
+from compose.errors import AssetError, ComposeError
+from compose.units import Progress
+
+Lacking = list[tuple[str, str | None]]
+"""What cannot be had, and what puts it right."""
+
+
+def fetch(job: FetchJob, progress: Progress) -> Lacking:
+    """Fetch all that the job names; what cannot be had, each with its fix."""
+    lacking = _refused(_inputs(job, progress))
+    return lacking or _refused(_environments(job, progress))
+
+
+def _refused(works: Iterator[Callable[[], object]]) -> Lacking:
+    lacking: Lacking = []
+    for work in works:
+        try:
+            work()
+        except ComposeError as error:
+            message, _, _ = str(error).partition("\n  fix: ")
+            lacking.append((message, error.fix))
+    return lacking
+
+
+def _inputs(job: FetchJob, progress: Progress) -> Iterator[Callable[[], object]]:
+    """What brings each text, each task and the model."""
+    for sources in job.texts:
+        progress(0, 1, f"text {sources[0]}")
+        yield partial(first_available, sources, None, job.cache, progress)
+    others = [name for name in job.tasks if name not in TASKS]
+    for name in job.tasks:
+        progress(0, 1, f"task {name}")
+        if name in TASKS:
+            yield partial(load_task, name, job.cache, progress)
+    if others:
+        yield partial(_of_lm_eval, others)
+    if job.model is not None:
+        progress(0, 1, f"model {job.model}")
+        keep = job.keep_blocks
+        yield partial(resolve_model, job.model, job.cache, progress, keep_blocks=keep)
+
+
+def _of_lm_eval(names: list[str]) -> None:
+    """Have lm-eval fetch the questions of its own tasks into the hub's cache.
+
+    Raises:
+        AssetError: they cannot be had, or a task needs a library that is not installed.
+    """
+    from lm_eval.tasks import TaskManager
+
+    try:
+        TaskManager().load_task_or_group(names)
+    except Exception as error:  # the hub's, a file system's, or an import of the task's own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise AssetError(
+            f"the questions of a task among {', '.join(names)} cannot be had: {reason[0]}",
+            fix=f"go online once, or choose among {', '.join(TASKS)}",
+        ) from error
+
+
+def _environments(job: FetchJob, progress: Progress) -> Iterator[Callable[[], object]]:
+    """What makes each engine's environment."""
+    engines = {(engine := parse_peer(peer).engine).name: engine for peer in job.peers}
+    for engine in engines.values():
+        yield partial(python_of, engine, job.cache, progress)
