@@ -177,7 +177,7 @@ class PackedLinear(nn.Module):
                 f"a group is a multiple of {BLOCK} inputs"
             )
         if bits not in BITS:
-            raise ValueError(f"kernels take codes of 2, 3, 4, 6 or 8 bits, not {bits}")
+            raise ValueError(f"codes of {bits} bits have no kernels: use 2, 3, 4, 6 or 8 bits")
         self.bits, self.middle = bits, middle(bits)
         self.register_buffer("codes", pack_codes(codes, bits))
         low = None if offset is None else tiles(offset.float())
