@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -49,7 +50,8 @@ SENSITIVITY_BLOCKS = 8  # each takes a pass over half of the model for every bra
 VALIDATION_BLOCKS = 2
 SUMS = 2  # products of a branch's inputs with each other, and with its outputs
 LOGITS = 5  # copies of a block's that exist at once
-START = "start.pt"  # in a step's scratch: gates before their training
+START = "start.safetensors"  # in a step's scratch: gates before their training
+RANDOM = "random"  # in it: the state of torch's generator
 
 
 class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
@@ -418,26 +420,28 @@ def keep(gates: Gates, sensitivity: list[float] | None, file: Path) -> None:
     """Write gates as they begin, for `restored`; with the state of torch's generator, which a warm
     start draws from."""
     import torch
+    from safetensors.torch import save_file
 
-    random = torch.get_rng_state()
+    state = {name: value.contiguous() for name, value in gates.state_dict().items()}
     with new_file(file) as unfinished:
-        torch.save(
-            {"gates": gates.state_dict(), "sensitivity": sensitivity, "random": random}, unfinished
-        )
+        facts = {"sensitivity": json.dumps(sensitivity)}
+        save_file(state | {RANDOM: torch.get_rng_state()}, unfinished, metadata=facts)
 
 
 def restored(gates: Gates, ranks: list[int], file: Path) -> list[float] | None:
     """Set what `keep` wrote in gates whose shortcuts have these ranks; the sensitivities."""
     import torch
+    from safetensors import safe_open
 
     from gateskip.gates.shortcuts import Shortcuts
 
-    state = torch.load(file, weights_only=True)
+    with safe_open(file, "pt") as opened:
+        state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        sensitivity: list[float] | None = json.loads(opened.metadata()["sensitivity"])
+    torch.set_rng_state(state.pop(RANDOM))
     if max(ranks) and gates.shortcuts is None:
         gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, ranks)
-    gates.load_state_dict(state["gates"])
-    torch.set_rng_state(state["random"])
-    sensitivity: list[float] | None = state["sensitivity"]
+    gates.load_state_dict(state)
     return sensitivity
 
 
