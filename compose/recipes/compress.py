@@ -9,7 +9,7 @@ from pathlib import Path
 from compose.analysis.pick import pick
 from compose.analysis.recommend import recommendations
 from compose.artifacts.gguf.file import is_gguf
-from compose.assets import MODELS, model_config
+from compose.assets import MODELS
 from compose.contract import CompressedTensorsJob, GgufJob
 from compose.errors import UserError
 from compose.outputs.export import export_cell, is_current, refuse_foreign
@@ -21,7 +21,6 @@ from compose.recipes.recipe import Request, pipeline_of, pipeline_text
 from compose.results.schema import CellResult, Results
 from compose.run.runner import run
 from compose.run.state import Board, Settings
-from compose.stages.base import ModelShape
 from compose.store import private_folder, require_writable
 
 RECIPE = "pipeline.yaml"
@@ -66,16 +65,10 @@ def plan_of(request: Request, settings: Settings) -> Plan:
     name = run_name(request.to)
     folder = settings.out.absolute() / name
     private_folder(folder)
-    recipe = pipeline_of(request, name, _weights(request.model, settings.asset_cache))
+    recipe = pipeline_of(request, name)
     text = pipeline_text(recipe, settings.command or "compose.compress")
     (folder / RECIPE).write_text(text, encoding="utf-8")
     return load_plan(folder / RECIPE, settings.asset_cache)
-
-
-def _weights(model: str, cache: Path) -> int | None:
-    """How many weights the model has; None where its config is not here yet."""
-    config = model_config(model, cache)
-    return None if config is None else ModelShape.from_config(config).weights
 
 
 def run_name(to: Path) -> str:

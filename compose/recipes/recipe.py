@@ -27,9 +27,6 @@ TASK = "arithmetic"
 """Sums, whose answers are written: the task that shows first what rounding loses."""
 QUESTIONS = 200
 PROMPTS = 10
-LARGE = 300_000_000
-"""Weights above which a recipe reads 12,000 calibration tokens instead of 33,000. Below 10,000
-tokens compensated rounding does not pay (docs/experiments/rounding.md)."""
 DRAFTS = "drafts"
 HEALED = "healed"
 
@@ -105,18 +102,15 @@ def effort_of(*, quick: bool, best: bool) -> Effort:
     return "quick" if quick else "best" if best else "normal"
 
 
-def pipeline_of(request: Request, name: str, weights: int | None = None) -> dict[str, Any]:
-    """The pipeline that makes and measures the variants of a request, as plain values.
-
-    `weights` is the number of the model's weights, where it is known.
-    """
+def pipeline_of(request: Request, name: str) -> dict[str, Any]:
+    """The pipeline that makes and measures the variants of a request, as plain values."""
     stages, chains = _stages(request), _chains(request)
     used = {stage for chain in chains.values() for stage in chain}
     return {
         "schema": 1,
         "name": name,
         "model": {"source": request.model, "dtype": "bfloat16"},
-        "data": _data(used, weights),
+        "data": _data(used),
         "stages": {key: stage for key, stage in stages.items() if key in used},
         "pipelines": chains,
         "benchmark": {
@@ -179,11 +173,12 @@ def _chains(request: Request) -> dict[str, list[str]]:
     return chains
 
 
-def _data(used: set[str], weights: int | None) -> dict[str, Any]:
-    """The texts that the stages read: less where each token takes longer."""
-    is_large = weights is not None and weights > LARGE
-    rows = {"limit": 48, "length": 256} if is_large else {"limit": 64, "length": 512}
-    data: dict[str, Any] = {"calibration": {"source": "calibration-text", **rows}}
+def _data(used: set[str]) -> dict[str, Any]:
+    """The texts that the stages read. 16,000 tokens of calibration: below 10,000, compensated
+    rounding does not pay (docs/experiments/rounding.md), and more take as much longer."""
+    data: dict[str, Any] = {
+        "calibration": {"source": "calibration-text", "limit": 64, "length": 256}
+    }
     if HEALED in used:
         mix = {"calibration-text": 2, "self-written": 1, "sums": 1}
         data["train"] = {"mix": mix, "limit": 1200, "length": 256}

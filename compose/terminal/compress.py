@@ -12,6 +12,7 @@ from compose.planning.plan import Plan
 from compose.recipes.card import Card, SideBySide, card_of
 from compose.recipes.compress import Compressed, compress, plan_of
 from compose.recipes.recipe import Request
+from compose.run.preflight import look
 from compose.run.state import Settings
 from compose.terminal.live.progress import Board, Line
 from compose.terminal.live.stopping import orderly_stop
@@ -51,11 +52,20 @@ class Numbered:
 
 
 def _jobs(plan: Plan, settings: Settings, request: Request) -> int:
-    """Lines that a run will open: folders to make, variants to score, speed, what is written."""
+    """Lines that a run will open: what is fetched, made, scored, timed and written."""
     folder = RunFolder.of(plan, settings.out, settings.store)
     steps = sum(not folder.store.has(step.key) for step in plan.steps)
     cells = sum(not is_measured(folder, plan, cell) for cell in plan.cells)
-    return steps + cells + (1 if cells else 0) + 1 + request.gguf + request.compressed_tensors
+    fetches = bool(look(plan, folder, settings, list(plan.cells)).fetched())
+    return (
+        fetches
+        + steps
+        + cells
+        + (1 if cells else 0)
+        + 1
+        + request.gguf
+        + request.compressed_tensors
+    )
 
 
 def print_card(console: Console, card: Card) -> None:
