@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from compose.analysis.metrics import METRICS, gain, interval_of, metric_of, task_retained
 from compose.analysis.recommend import sentence
@@ -111,24 +112,26 @@ def _answers(results: Results, cell: CellResult) -> OwnAnswers | None:
 
 def _next(done: Compressed) -> list[tuple[str, str]]:
     """What to do with the folder: commands that work as they stand."""
-    folder = shlex.quote(str(done.folder))
-    steps = [
+    folder, run = _word(done.folder), _word(done.run_folder)
+    file = _word(done.gguf or done.folder.with_name(f"{done.folder.name}.gguf"))
+    name = f"{done.folder.name}-compressed-tensors"
+    vllm = _word(done.compressed_tensors or done.folder.with_name(name))
+    export = f"gateskip export {folder} --format"
+    return [
         (f"gateskip chat {folder}", "chat with it"),
         (f"gateskip bench {folder}", "measure its speed here"),
+        (f"llama-cli -m {file}", "run it in llama.cpp")
+        if done.gguf
+        else (f"{export} gguf --to {file}", "write it for llama.cpp"),
+        (f"vllm serve {vllm}", "serve it with vLLM")
+        if done.compressed_tensors
+        else (f"{export} compressed-tensors --to {vllm}", "write it for vLLM"),
+        (f"gateskip pick {run} --minimize size", "see the smallest variant"),
+        (_word(done.report), "read the report"),
     ]
-    if done.gguf is not None:
-        steps.append((f"llama-cli -m {shlex.quote(str(done.gguf))}", "the same in llama.cpp"))
-    else:
-        file = shlex.quote(f"{done.folder}.gguf")
-        steps.append((f"gateskip export {folder} --format gguf --to {file}", "for llama.cpp"))
-    if done.compressed_tensors is not None:
-        target = shlex.quote(str(done.compressed_tensors))
-        steps.append((f"vllm serve {target}", "the same in vLLM"))
-    else:
-        target = shlex.quote(f"{done.folder}-compressed-tensors")
-        command = f"gateskip export {folder} --format compressed-tensors --to {target}"
-        steps.append((command, "for vLLM"))
-    run = shlex.quote(str(done.run_folder))
-    steps.append((f"gateskip pick {run} --minimize size", "the smallest variant of this run"))
-    steps.append((str(done.report), "the report: every variant, every number"))
-    return steps
+
+
+def _word(path: Path) -> str:
+    """A path as a shell takes it, from the current folder where it is inside that."""
+    inside = path.absolute().is_relative_to(Path.cwd())
+    return shlex.quote(str(path.absolute().relative_to(Path.cwd()) if inside else path))

@@ -75,11 +75,10 @@ def print_card(console: Console, card: Card) -> None:
     for pair in card.answers:
         console.print(_pair(pair))
     console.print("\nNext")
-    width = max(len(command) for command, _ in card.next)
+    width = max(len(purpose) for _, purpose in card.next)
     for command, purpose in card.next:
-        console.print(
-            f"  {command.ljust(width)}  {purpose}", highlight=False, soft_wrap=True, markup=False
-        )
+        line = f"  {purpose.ljust(width)}  {command}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _pair(pair: SideBySide) -> Group:
