@@ -16,7 +16,7 @@ RULES: dict[str, str] = {
     "two-networks": "a model carries one draft network: one such stage a chain.",
     "learned-needs-network": "draft_weights: learned needs a network from the stage draft-network.",
     "decode-last": "a decode stage only sets how the model is run; no weight stage may follow it.",
-    "two-decoders": "a model is decoded in one way: one decode stage a chain.",
+    "two-decoders": "a chain has at most one decode stage, because a model is decoded in one way.",
     "two-gates": "a model carries one set of gates: one gate stage a chain.",
     "two-quantizers": "a model carries one quantization config: one quantizer a chain.",
     "prune-after-quantize": "packed weights cannot be cut: prune before quantizing.",

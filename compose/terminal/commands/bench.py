@@ -106,7 +106,7 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="The text of the perplexity; the first one that is available is scored.",
+            help="Text on which perplexity is measured; of several, the first that is available.",
             rich_help_panel=QUALITY,
         ),
     ] = None,
