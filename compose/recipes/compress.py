@@ -61,7 +61,8 @@ def plan_of(request: Request, settings: Settings) -> Plan:
         UserError: the target is in use or may not be written to, or the model cannot be had.
     """
     refuse_foreign(request.to)
-    require_writable(request.to)
+    if not request.to.exists():
+        require_writable(request.to)
     name = run_name(request.to)
     folder = settings.out.absolute() / name
     private_folder(folder)
@@ -103,13 +104,14 @@ def compress(
     executor = make_executor("local", plan.pipeline.benchmark.threads, workers)
     result = run(plan, settings, executor, board)
     cell = choose(result.results, request)
-    if not is_current(result.folder, cell.name, request.to):
+    is_new = not is_current(result.folder, cell.name, request.to)
+    if is_new:
         line = board.line(f"export {cell.name} to {request.to}")
         with result.folder.locked():
             export_cell(result.folder, cell.name, request.to, make_executor("local", None))
         line.done()
     done = Compressed(request.to, cell.name, result.results, result.folder.root)
-    return _in_formats(done, request, board)
+    return _in_formats(done, request, board, is_new=is_new)
 
 
 def choose(results: Results, request: Request) -> CellResult:
@@ -133,13 +135,14 @@ def choose(results: Results, request: Request) -> CellResult:
     )
 
 
-def _in_formats(done: Compressed, request: Request, board: Board) -> Compressed:
-    """Write the further formats of an exported folder."""
+def _in_formats(done: Compressed, request: Request, board: Board, *, is_new: bool) -> Compressed:
+    """Write the further formats of an exported folder; of one that is not new, those that lack."""
     file, folder = request.gguf_file, request.vllm_folder
-    if file is not None:
-        _convert(GgufJob(done.folder.absolute(), file.absolute(), None), file, board)
-    if folder is not None:
-        _convert(CompressedTensorsJob(done.folder.absolute(), folder.absolute()), folder, board)
+    source = done.folder.absolute()
+    if file is not None and (is_new or not file.exists()):
+        _convert(GgufJob(source, file.absolute(), None), file, board)
+    if folder is not None and (is_new or not folder.exists()):
+        _convert(CompressedTensorsJob(source, folder.absolute()), folder, board)
     return replace(done, gguf=file, compressed_tensors=folder)
 
 
