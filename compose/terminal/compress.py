@@ -43,8 +43,9 @@ class Numbered:
 
     def line(self, name: str, *, step: str | None = None, cell: str | None = None) -> Line:
         """A line for a new job: `step 2 of 9: int4`."""
-        place = f"step {next(self._places)} of {self._total}"
-        return self._board.line(f"{place}: {name}", step=step, cell=cell)
+        place = next(self._places)
+        self._total = max(self._total, place)  # speed alone may be left to measure
+        return self._board.line(f"step {place} of {self._total}: {name}", step=step, cell=cell)
 
     def print(self, text: str) -> None:
         """Print a line that stays."""
