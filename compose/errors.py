@@ -66,10 +66,14 @@ class ComposeError(Exception):
             numbers.append(self.column)
         return ":".join([self.file, *map(str, numbers)])
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """The message with its place, without the fix."""
         roles = [("cell", self.cell), ("stage", self.stage)]
         who = ", ".join(f"{role} {name!r}" for role, name in roles if name is not None)
-        text = ": ".join(part for part in (self.place(), who, self.headline()) if part)
+        return ": ".join(part for part in (self.place(), who, self.headline()) if part)
+
+    def __str__(self) -> str:
+        text = self.text()
         return text if self.fix is None else f"{text}\n  fix: {self.fix}"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +180,7 @@ def families() -> str:
     return "\n".join(f"- `{name}`" for name in sorted(FAMILIES))
 
 
-def compress() -> str:
-    """The entry of `compose.compress`, which is a folder or a function."""
-    import compose
-
-    there = hasattr(compose, "compress") or find_spec("compose.compress")
-    return "::: compose.compress" if there else "`compose.compress` is not in this version."
-
-
-PARTS = {"commands": commands, "settings": settings, "families": families, "compress": compress}
+PARTS = {"commands": commands, "settings": settings, "families": families}
 """Name in a mark -> the text that stands there."""
 
 

@@ -12,6 +12,7 @@ from compose.assets.fetch import default_cache, hub_reachable
 from compose.assets.models.resolve import (
     ModelAsset,
     is_fetched,
+    is_local,
     model_config,
     model_pin,
     resolve_model,
@@ -45,6 +46,7 @@ __all__ = [
     "first_presence",
     "hub_reachable",
     "is_fetched",
+    "is_local",
     "load_task",
     "load_texts",
     "model_config",

@@ -51,6 +51,15 @@ def _name(name: str) -> str:
     return name
 
 
+def in_name(text: str) -> str:
+    """Text in the characters that a name may have.
+
+    >>> in_name("my model")
+    'my-model'
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+
+
 def _free_name(name: str) -> str:
     if name in RESERVED:
         raise ValueError(f"{name!r} is a reserved name: take another")

@@ -27,7 +27,6 @@ from compose.outputs.run_folder import RunFolder
 from compose.processes.executors import Executor
 from compose.processes.worker_process import await_answer
 from compose.results.io import load_results
-from compose.results.parts import TaskScore
 from compose.results.schema import CellResult, Results
 from compose.store import new_folder, read_json, write_json
 from compose.units import printable
@@ -293,17 +292,12 @@ def card_rows(results: Results, cell: CellResult) -> list[tuple[str, str, str]]:
         for name in CARD_METRICS
         if name in values
     ]
-    before = _tasks(results, baseline)
-    for task, score in _tasks(results, cell).items():
+    before = results.tasks(baseline)
+    for task, score in results.tasks(cell).items():
         shown = f"{metric_text('accuracy', score.value)} (n={score.n})"
         other = before[task].value if task in before else None
         rows.append((f"{task}, {score.metric}", shown, metric_text("accuracy", other)))
     return rows
-
-
-def _tasks(results: Results, cell: CellResult) -> dict[str, TaskScore]:
-    quality = results.quality(cell)
-    return (quality.tasks if quality else None) or {}
 
 
 def _parameters(values: dict[str, Any]) -> str:

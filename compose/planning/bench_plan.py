@@ -6,7 +6,6 @@ of `gateskip bench` and one of `gateskip run` are one kind of number.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from compose.artifacts.folder import dtype_of, require_model
 from compose.bench.peers.table import is_peer, parse_peer
 from compose.bench.speed.systems import System, parse_system
 from compose.errors import UserError
-from compose.language.schema import Benchmark, Model, Pipeline
+from compose.language.schema import Benchmark, Model, Pipeline, in_name
 from compose.planning.keys import cell_key, digest, listing
 from compose.planning.plan import Cell, Plan, why_no_baseline
 from compose.planning.prepare import require_inputs
@@ -103,7 +102,7 @@ def default_name(folder: Path) -> str:
     >>> default_name(Path("/models/My Model"))
     'bench-My-Model'
     """
-    return "bench-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.absolute().name)
+    return "bench-" + in_name(folder.absolute().name)
 
 
 def _pipeline(name: str, folder: Path, benchmark: dict[str, Any]) -> Pipeline:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
-import re
 from pathlib import Path
 from string import Template
 
-from compose.artifacts.gguf.file import is_gguf
 from compose.artifacts.intake import require_source
-from compose.assets import MODELS, model_config
+from compose.assets import MODELS, is_local, model_config
 from compose.errors import PipelineError, UserError
 from compose.language.parse import read_yaml
+from compose.language.schema import in_name
 from compose.stages.base import ModelShape
 from compose.store import require_writable
 
@@ -61,16 +60,14 @@ def _require_model(source: str) -> None:
 
 def _run_name(file: Path) -> str:
     """The file's stem in the characters that a name may have."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).lstrip("_.-") or "first"
+    return in_name(file.stem).lstrip("_.-") or "first"
 
 
 def _source_beside(source: str, folder: Path) -> str:
     """The model as a file in `folder` names it: a relative path starts there."""
-    path = Path(source)
-    is_path = source not in MODELS and (is_gguf(source) or path.is_dir())
-    if not is_path or path.is_absolute() or source.startswith("~"):
+    if not is_local(source) or Path(source).is_absolute() or source.startswith("~"):
         return source
-    return os.path.relpath(path, folder)
+    return os.path.relpath(source, folder)
 
 
 def _yaml_text(text: str) -> str:

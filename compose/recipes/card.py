@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from compose.analysis.metrics import METRICS, gain, interval_of, metric_of, task
 from compose.analysis.recommend import sentence
 from compose.numbers import PLAIN, metric_text
 from compose.recipes.compress import Compressed
-from compose.results.parts import OwnAnswers, TaskScore
+from compose.recipes.recipe import gguf_beside, vllm_beside
+from compose.results.parts import OwnAnswers
 from compose.results.schema import CellResult, Results
 from compose.table import Table, text_table
 
@@ -51,7 +52,7 @@ def card_of(done: Compressed) -> Card:
         _numbers(results, cell),
         sentence(results, cell),
         side_by_side(results, cell)[:SHOWN],
-        tuple(_next(done)),
+        _next(done),
     )
 
 
@@ -82,18 +83,13 @@ def _scores(
     results: Results, dense: CellResult, cell: CellResult
 ) -> Iterator[tuple[str, str, str, str]]:
     """The score of each task, with the number of its questions."""
-    before, after = (_tasks(results, row) for row in (dense, cell))
-    for task, score in after.items():
+    before = results.tasks(dense)
+    for task, score in results.tasks(cell).items():
         values = [before[task].value if task in before else None, score.value]
         ratio = task_retained(results, cell, task)
         change = "" if ratio is None else PLAIN.times(ratio)
         old, new = (PLAIN.percent(value) for value in values)
         yield f"{task}, {score.n} questions", old, new, change
-
-
-def _tasks(results: Results, cell: CellResult) -> Mapping[str, TaskScore]:
-    quality = results.quality(cell)
-    return (quality.tasks if quality else None) or {}
 
 
 def side_by_side(results: Results, cell: CellResult) -> tuple[SideBySide, ...]:
@@ -110,14 +106,13 @@ def _answers(results: Results, cell: CellResult) -> OwnAnswers | None:
     return None if quality is None else quality.own_answers
 
 
-def _next(done: Compressed) -> list[tuple[str, str]]:
+def _next(done: Compressed) -> tuple[tuple[str, str], ...]:
     """What to do with the folder: commands that work as they stand."""
     folder, run = _word(done.folder), _word(done.run_folder)
-    file = _word(done.gguf or done.folder.with_name(f"{done.folder.name}.gguf"))
-    name = f"{done.folder.name}-compressed-tensors"
-    vllm = _word(done.compressed_tensors or done.folder.with_name(name))
+    file = _word(done.gguf or gguf_beside(done.folder))
+    vllm = _word(done.compressed_tensors or vllm_beside(done.folder))
     export = f"gateskip export {folder} --format"
-    return [
+    return (
         (f"gateskip chat {folder}", "chat with it"),
         (f"gateskip bench {folder}", "measure its speed here"),
         (f"llama-cli -m {file}", "run it in llama.cpp")
@@ -128,7 +123,7 @@ def _next(done: Compressed) -> list[tuple[str, str]]:
         else (f"{export} compressed-tensors --to {vllm}", "write it for vLLM"),
         (f"gateskip pick {run} --minimize size", "see the smallest variant"),
         (_word(done.report), "read the report"),
-    ]
+    )
 
 
 def _word(path: Path) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compose.analysis.pick import pick
 from compose.analysis.recommend import recommendations
-from compose.artifacts.gguf.file import is_gguf
-from compose.assets import MODELS
+from compose.assets import is_local
 from compose.contract import CompressedTensorsJob, GgufJob
 from compose.errors import UserError
+from compose.language.schema import in_name
 from compose.outputs.export import export_cell, is_current, refuse_foreign
 from compose.planning.plan import Plan
 from compose.planning.prepare import load_plan
@@ -21,7 +20,7 @@ from compose.recipes.recipe import Request, pipeline_of, pipeline_text
 from compose.results.schema import CellResult, Results
 from compose.run.runner import run
 from compose.run.state import Board, Settings
-from compose.store import private_folder, require_writable
+from compose.store import private_folder, require_writable, write_text
 
 RECIPE = "pipeline.yaml"
 
@@ -68,7 +67,7 @@ def plan_of(request: Request, settings: Settings) -> Plan:
     private_folder(folder)
     recipe = pipeline_of(request, name)
     text = pipeline_text(recipe, settings.command or "compose.compress")
-    (folder / RECIPE).write_text(text, encoding="utf-8")
+    write_text(folder / RECIPE, text)
     return load_plan(folder / RECIPE, settings.asset_cache)
 
 
@@ -78,14 +77,12 @@ def run_name(to: Path) -> str:
     >>> run_name(Path("exports/my model"))
     'compress-my-model'
     """
-    return "compress-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", to.absolute().name)
+    return "compress-" + in_name(to.absolute().name)
 
 
 def source_of(model: str) -> str:
     """The model as a pipeline in any folder names it: a path becomes absolute."""
-    path = Path(model).expanduser()
-    is_path = model not in MODELS and (is_gguf(model) or path.is_dir())
-    return str(path.absolute()) if is_path else model
+    return str(Path(model).expanduser().absolute()) if is_local(model) else model
 
 
 def compress(

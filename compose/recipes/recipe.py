@@ -1,11 +1,9 @@
 """A wish for a smaller model -> the pipeline that makes and measures its variants.
 
-The choices rest on published runs (docs/performance.md):
-
-    8 bits  each weight rounded by itself: text changes the KL of 8 bits by less than 0.001
-    4 bits  fitted to text, layer after layer; the embedding in 6 bits, which costs no quality
-    3 bits  the same, and always trained afterwards: untrained, 3 bits lose too much
-    drafts  tried beside each of them, and kept where they are faster: they never change a token
+8 bits  each weight rounded by itself, which takes seconds
+4 bits  fitted to text, layer after layer; the embedding in 6 bits, as in pipelines/peers.yaml
+3 bits  the same, and trained afterwards unless the effort is `quick`
+drafts  tried beside each of them, and exported where they are faster: they never change a token
 """
 
 from __future__ import annotations
@@ -77,18 +75,27 @@ class Request:
     @property
     def gguf_file(self) -> Path | None:
         """The GGUF file to write, beside the exported folder."""
-        return self.to.with_name(f"{self.to.name}.gguf") if self.gguf else None
+        return gguf_beside(self.to) if self.gguf else None
 
     @property
     def vllm_folder(self) -> Path | None:
         """The folder for vLLM to write, beside the exported one."""
-        name = f"{self.to.name}-compressed-tensors"
-        return self.to.with_name(name) if self.compressed_tensors else None
+        return vllm_beside(self.to) if self.compressed_tensors else None
 
     @property
     def is_bounded(self) -> bool:
         """Whether the user said what may be lost, so that a recommendation is not asked for."""
         return (self.bits, self.at_most_mb, self.at_most_kl) != (None, None, None)
+
+
+def gguf_beside(folder: Path) -> Path:
+    """The GGUF file that belongs to an exported folder."""
+    return folder.with_name(f"{folder.name}.gguf")
+
+
+def vllm_beside(folder: Path) -> Path:
+    """The folder for vLLM that belongs to an exported one."""
+    return folder.with_name(f"{folder.name}-compressed-tensors")
 
 
 def effort_of(*, quick: bool, best: bool) -> Effort:
@@ -155,7 +162,7 @@ def _stages(request: Request) -> dict[str, dict[str, Any]]:
 
 
 def _form_of_4_bits(request: Request) -> dict[str, Any]:
-    """Minima cost a bit and save a third of the KL; vLLM's format has integer zero points alone."""
+    """With real minima and a packed embedding; vLLM's format has neither."""
     return {"offset": "integer"} if request.compressed_tensors else {"embedding": 6}
 
 

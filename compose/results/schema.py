@@ -26,6 +26,7 @@ from compose.results.parts import (
     Speculation,
     Speed,
     StepInfo,
+    TaskScore,
     TrainingPoint,
     Verdict,
 )
@@ -239,3 +240,8 @@ class Results(Record):
         """The cell's own quality, or that of the cell it gives the same tokens as."""
         source = cell if cell.quality is not None else self.find(cell.quality_of)
         return None if source is None else source.quality
+
+    def tasks(self, cell: CellResult) -> dict[str, TaskScore]:
+        """The scores of the cell's tasks; empty where none was asked."""
+        quality = self.quality(cell)
+        return (quality.tasks if quality else None) or {}

@@ -195,8 +195,7 @@ def _refused(work: Callable[[], object]) -> Iterator[Missing]:
     try:
         work()
     except ComposeError as error:
-        message, _, _ = str(error).partition("\n  fix: ")
-        yield Missing(message, error.fix)
+        yield Missing(error.text(), error.fix)
 
 
 def _without_model(plan: Plan, steps: list[Step], cache: Path) -> Iterator[Missing]:

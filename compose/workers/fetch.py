@@ -33,8 +33,7 @@ def _refused(works: Iterator[Callable[[], object]]) -> Lacking:
         try:
             work()
         except ComposeError as error:
-            message, _, _ = str(error).partition("\n  fix: ")
-            lacking.append((message, error.fix))
+            lacking.append((error.text(), error.fix))
     return lacking
 
 

@@ -35,11 +35,16 @@ from compose.errors import AssetError
 from compose.hashes import hash_file
 from compose.units import Progress
 
-__all__ = ["ModelAsset", "is_fetched", "model_config", "model_pin", "resolve_model"]
+__all__ = ["ModelAsset", "is_fetched", "is_local", "model_config", "model_pin", "resolve_model"]
 
 DIFFERENCE = "largest_logit_difference"
 JOINED = "joined.gguf"
 _SMALL = 1 << 20
+
+
+def is_local(source: str) -> bool:
+    """Whether a model is named by its place on this machine: a folder, or a GGUF file."""
+    return source not in MODELS and (is_gguf(source) or Path(source).expanduser().is_dir())
 
 
 def resolve_model(
