@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.assets import (
+    Presence,
     first_available,
     first_presence,
     load_texts,
@@ -127,8 +128,9 @@ def look(
     tasks = _tasks(plan, left)
     texts = list(dict.fromkeys(_texts(plan, made, left)))
     peers = [parse_peer(cell.peer) for cell in left if cell.peer is not None]
+    presence = _presence_of_model(plan, made, cache)
     missing = [
-        *_without_model(plan, made, cache),
+        *(_without_model(plan, cache) if presence == "absent" else ()),
         *_without_texts(texts, cache),
         *_without_peers(peers, cache),
         *_without_libraries(steps, tasks, settings),
@@ -136,7 +138,7 @@ def look(
     ]
     job = FetchJob(
         cache=cache.absolute(),
-        model=_model_to_fetch(plan, made, cache),
+        model=plan.pipeline.model.source if presence == "to fetch" else None,
         keep_blocks=plan.pipeline.model.keep_blocks,
         texts=tuple(each for each in texts if first_presence(each, cache) == "to fetch"),
         tasks=tuple(name for name in tasks if task_presence(name, cache) == "to fetch"),
@@ -172,13 +174,12 @@ def _tasks(plan: Plan, cells: list[Cell]) -> tuple[str, ...]:
     return plan.pipeline.benchmark.quality.tasks if scored else ()
 
 
-def _model_to_fetch(plan: Plan, steps: list[Step], cache: Path) -> str | None:
-    """The source model where a step places it and it is not here."""
+def _presence_of_model(plan: Plan, steps: list[Step], cache: Path) -> Presence:
+    """Where the source model is; here, too, where no step reads it. It may ask the hub."""
     model = plan.pipeline.model
     if all(step.stage is not None for step in steps):
-        return None
-    presence = model_presence(model.source, cache, keep_blocks=model.keep_blocks)
-    return model.source if presence == "to fetch" else None
+        return "here"
+    return model_presence(model.source, cache, keep_blocks=model.keep_blocks)
 
 
 def _is_installed(peer: PeerName, cache: Path) -> bool:
@@ -198,13 +199,11 @@ def _refused(work: Callable[[], object]) -> Iterator[Missing]:
         yield Missing(error.text(), error.fix)
 
 
-def _without_model(plan: Plan, steps: list[Step], cache: Path) -> Iterator[Missing]:
+def _without_model(plan: Plan, cache: Path) -> Iterator[Missing]:
+    """Why a model that is absent is not available: nothing is fetched by asking."""
     model = plan.pipeline.model
     keep = model.keep_blocks
-    if all(step.stage is not None for step in steps):
-        return
-    if model_presence(model.source, cache, keep_blocks=keep) == "absent":  # so nothing is fetched
-        yield from _refused(partial(resolve_model, model.source, cache, keep_blocks=keep))
+    yield from _refused(partial(resolve_model, model.source, cache, keep_blocks=keep))
 
 
 def _without_texts(texts: list[tuple[str, ...]], cache: Path) -> Iterator[Missing]:
