@@ -29,6 +29,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+from hypothesis import settings
 from tiny_models import save_tiny
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # files run side by side: each has its share of the cores
@@ -38,6 +39,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # files run side by side: each has its 
     torch.set_num_threads(max(1, share))
 
 ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile(
+    "repeatable", derandomize=True
+)  # never red by chance; `make fuzz` draws anew
+settings.load_profile("repeatable")
 
 LONGEST = ("test_end_to_end.py", "test_chains.py")  # minutes each, begun first side by side
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from compose.errors import PipelineError, PlanError, UserError
 from compose.language.parse import load_pipeline, read_yaml
 from compose.language.schema import Pipeline
 from compose.planning.planner import make_plan
+
+WORDS = {"-Infinity": "-.inf", "Infinity": ".inf", "NaN": ".nan"}
+QUOTED_OR_WORD = re.compile(r'"(?:\\.|[^"\\])*"|-?Infinity|NaN')
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -69,9 +73,7 @@ values = st.recursive(
 def written(value: Any) -> str:
     """A value as YAML in JSON's notation, one value a line; numbers that JSON lacks as YAML's."""
     text = json.dumps(value, indent=1, ensure_ascii=True)
-    for word, sign in (("-Infinity", "-.inf"), ("Infinity", ".inf"), ("NaN", ".nan")):
-        text = text.replace(word, sign)
-    return text
+    return QUOTED_OR_WORD.sub(lambda match: WORDS.get(match[0], match[0]), text)
 
 
 def read(text: str) -> Pipeline:
@@ -181,6 +183,7 @@ def test_the_order_of_keys_and_remarks_change_nothing(draw: Any) -> None:
 
 @QUICK
 @given(values)
+@example(["Infinity", "NaN", 'a "-Infinity" in quotes', float("-inf")])
 def test_values_survive_yaml(value: Any) -> None:
     """What is read is what was written; a list becomes a tuple."""
     try:
