@@ -23,6 +23,7 @@ from gateskip.quantization.rounding import round_to_grid
 from gateskip.rounding.compensate import Rounding, output_error, round_compensated
 from gateskip.rounding.layer_files import LayerFiles, Rounded
 from gateskip.rounding.moments import Moments
+from gateskip.rounding.recording import Recording
 
 BATCH = 4  # blocks in a pass, at most
 
@@ -59,34 +60,92 @@ def round_layers(
     for number, layer in enumerate(layers):
         progress(number, len(layers))
         layer.float()
+        passes = _Passes(layer, hidden, settings[number])
         known = None if finished is None else finished.read(number)
         if known is None:
-            rounded = _round_layer(layer, hidden, settings[number], names, choose, compensate)
+            rounded = _round_layer(passes, names, choose, compensate)
             yield from rounded if finished is None else finished.kept(number, rounded)
         else:
             for name, each in known.items():
                 model.get_submodule(name).weight.data = each.grid.weight()
             yield from known.items()
-        for place, part in enumerate(hidden):
-            hidden[place] = _passed(layer, part, settings[number])
+        passes.finish()
         if let_go:
             layer.to("meta")
     progress(len(layers), len(layers))
 
 
+class _Passes:
+    """A layer, and hidden states [B, S, H] that pass it batch by batch."""
+
+    def __init__(self, layer: nn.Module, hidden: list[Tensor], settings: dict[str, Any]) -> None:
+        self.layer, self.hidden, self._settings = layer, hidden, settings
+        self._recording = Recording(layer)
+
+    def readers(self) -> list[list[Any]]:
+        """The layer's linear modules in the order in which they run; those with the same input
+        together."""
+        groups: list[list[Any]] = []
+        last: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if last and args[0] is last[0]:
+                groups[-1].append(module)
+            else:
+                groups.append([module])
+            last[:] = [args[0]]
+
+        linears = [part for part in self.layer.modules() if isinstance(part, nn.Linear)]
+        hooks = [part.register_forward_pre_hook(note) for part in linears]
+        try:
+            self._run(self.hidden[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return groups
+
+    def moments(self, module: Any) -> Moments:
+        """Second moments of a module's inputs over all text. Modules that run before it must have
+        their final weights: the next pass takes their outputs as they are now."""
+        moments = Moments(module.in_features, self.hidden[0].device)
+
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            moments.add(args[0].flatten(0, -2).float())
+            raise _Stop
+
+        hook = module.register_forward_pre_hook(add)
+        try:
+            for number, part in enumerate(self.hidden):
+                with self._recording.of(number):
+                    _stopped(lambda part=part: self._run(part))  # type: ignore[misc]
+        finally:
+            hook.remove()
+        return moments
+
+    def finish(self) -> None:
+        """The layer's outputs in place of its inputs."""
+        for number, part in enumerate(self.hidden):
+            with self._recording.of(number):
+                self.hidden[number] = self._run(part)
+            self._recording.forget(number)
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        """`run_layer` with products in bfloat16 where they are faster."""
+        with fast_products(hidden.device.type):
+            return run_layer(self.layer, hidden, self._settings)
+
+
 def _round_layer(
-    layer: nn.Module,
-    hidden: list[Tensor],
-    settings: dict[str, Any],
+    passes: _Passes,
     names: dict[nn.Module, str],
     choose: Choose,
     compensate: bool,
 ) -> Iterator[tuple[str, Rounded]]:
-    """Round a layer's modules in place, for its inputs [B, S, H] batch by batch."""
-    for modules in _readers(layer, hidden[0], settings):
+    """Round a layer's modules in place, for the text that passes it."""
+    for modules in passes.readers():
         chosen = {names[m]: (m, how) for m in modules if (how := choose(names[m])) is not None}
         if chosen:
-            moments = _moments(layer, modules[0], hidden, settings)
+            moments = passes.moments(modules[0])
             yield from _round_readers(chosen, moments, compensate).items()
             del moments
 
@@ -169,49 +228,3 @@ def run_layer(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> Ten
     out = layer(hidden, **settings)
     states: Tensor = out[0] if isinstance(out, tuple) else out
     return states
-
-
-def _passed(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
-    """`run_layer` with products in bfloat16 where they are faster."""
-    with fast_products(hidden.device.type):
-        return run_layer(layer, hidden, settings)
-
-
-def _readers(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> list[list[Any]]:
-    """The layer's linear modules in the order in which they run; those with the same input
-    together."""
-    groups: list[list[Any]] = []
-    last: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if last and args[0] is last[0]:
-            groups[-1].append(module)
-        else:
-            groups.append([module])
-        last[:] = [args[0]]
-
-    linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
-    hooks = [part.register_forward_pre_hook(note) for part in linears]
-    try:
-        _passed(layer, hidden, settings)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return groups
-
-
-def _moments(layer: nn.Module, module: Any, hidden: list[Tensor], settings: Any) -> Moments:
-    """Second moments of a module's inputs over all hidden states."""
-    moments = Moments(module.in_features, hidden[0].device)
-
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        moments.add(args[0].flatten(0, -2).float())
-        raise _Stop
-
-    hook = module.register_forward_pre_hook(add)
-    try:
-        for part in hidden:
-            _stopped(lambda part=part: _passed(layer, part, settings))  # type: ignore[misc]
-    finally:
-        hook.remove()
-    return moments
