@@ -92,6 +92,14 @@ class Entering(IntEnum):
     ALWAYS = 2
 
 
+class GroupOffset(IntEnum):
+    """What a group of weights has beside its scale."""
+
+    OFFSET_REAL = 0
+    OFFSET_INTEGER = 1
+    OFFSET_NONE = 2
+
+
 class PrefillUnits(IntEnum):
     """The units that multiply the rows of a prefill."""
 
@@ -105,6 +113,7 @@ ENUMS: dict[str, type[IntEnum]] = {
     "Activation": Activation,
     "NormKind": NormKind,
     "Entering": Entering,
+    "GroupOffset": GroupOffset,
     "PrefillUnits": PrefillUnits,
 }
 
@@ -234,6 +243,18 @@ class Entry(Structure):
 
 class GroupSteps(Structure):
     """The values that one group of columns of a weight can have."""
+
+    __slots__ = ()
+
+
+class DescentBlock(Structure):
+    """Columns of a weight whose lines and codes are chosen anew."""
+
+    __slots__ = ()
+
+
+class RangeSearch(Structure):
+    """A weight whose groups each get the best of several ranges."""
 
     __slots__ = ()
 

@@ -134,7 +134,7 @@ def prefill_attention_branch(
     return int(_run("gateskip_prefill_attention_branch", model, layer, at, entry, hidden))
 
 
-# -- rounding a group of columns --------------------------------------------------------------
+# -- rounding to integers ---------------------------------------------------------------------
 
 
 def round_columns(
@@ -145,16 +145,14 @@ def round_columns(
     _library().gateskip_round_columns(steps, upper, left, codes, errors)
 
 
-def descend_columns(
-    steps: abi.GroupSteps,
-    moments: Tensor,
-    curves: Tensor,
-    want: Tensor,
-    codes: Tensor,
-    values: Tensor,
-) -> None:
-    """Better codes, uint8 [group, n], and their values [group, n], in place: see the header."""
-    _library().gateskip_descend_columns(steps, moments, curves, want, codes, values)
+def descend_block(block: abi.DescentBlock) -> None:
+    """Scales, lowest values and codes of less error, in place: see the header."""
+    _library().gateskip_descend_block(block)
+
+
+def search_ranges(search: abi.RangeSearch) -> None:
+    """Codes, scales and lowest values of a weight's groups: see the header."""
+    _library().gateskip_search_ranges(search)
 
 
 # -- whole tokens -----------------------------------------------------------------------------

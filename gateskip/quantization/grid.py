@@ -61,6 +61,10 @@ class Grid:
         scale = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
         return (-self.minimum / scale).round()
 
+    def lowest(self) -> Tensor:
+        """The values of code 0 [n, groups]."""
+        return -self.middle * self.scale if self.minimum is None else self.minimum
+
     def rows(self, part: slice) -> Grid:
         """Some rows of the grid."""
         low = None if self.minimum is None else self.minimum[part]

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from gateskip.kernels import abi, build, ops
 from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale, joined, middle
 
 AT_ONCE = 1 << 17  # weights that are rounded at a time
+MOST_COLUMNS = 128  # of a group, in the compiled kernels
 GROUP = 32  # weights that share a scale by default
 CUTS = {2: (0.0, 0.1, 0.2, 0.3, 0.4), 3: (0.0, 0.06, 0.12, 0.18, 0.24, 0.3)}
 USUAL_CUTS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)  # parts of a group's range that may be cut off
@@ -30,14 +32,34 @@ def round_to_grid(
 
     Of several ranges for each group the one with the least sum of weighted squared errors wins.
     Within a range, scale and minimum follow from the codes by least squares and are rounded to
-    numbers that all formats hold (grid.py); then codes are chosen again. Rows are taken a few at a
-    time, so that intermediate tensors stay in the processor's cache.
+    numbers that all formats hold (grid.py); then codes are chosen again. On the CPU the compiled
+    kernels do it (gateskip/kernels/src/linear/ranges.cpp); sums there have another order than those
+    of torch's operators. Those take a few rows at a time, so that intermediate tensors stay in the
+    processor's cache.
     """
     importance = squares / squares.mean().clamp_min(1e-12) + 1e-6  # [k] or [n, k]
     importance = importance.expand(len(weight), -1)
+    if weight.device.type == "cpu" and build.library() is not None and group <= MOST_COLUMNS:
+        return _searched(weight.float(), importance.float(), bits, group, offset)
     rows = max(1, AT_ONCE // weight.shape[1])
     parts = zip(weight.split(rows), importance.split(rows), strict=True)
     return joined([_round_rows(*part, bits, group, offset) for part in parts])
+
+
+def _searched(weight: Tensor, importance: Tensor, bits: int, group: int, offset: Offset) -> Grid:
+    """`round_to_grid` by the compiled kernels: weights and their importance, [n, k] each."""
+    n, k = weight.shape
+    importance = importance if importance.stride(1) == 1 else importance.contiguous()
+    cuts = torch.tensor(CUTS.get(bits, USUAL_CUTS))
+    codes = torch.empty(n, k, dtype=torch.uint8)
+    scale, lowest = torch.empty(2, n, k // group)
+    tensors = weight, importance, cuts, codes, scale, lowest
+    strides = *weight.stride(), importance.stride(0)
+    kind = abi.GroupOffset[f"OFFSET_{offset.upper()}"]
+    sizes = n, k, group, bits, kind, len(cuts), torch.get_num_threads()
+    pointers = (part.data_ptr() for part in tensors)
+    ops.search_ranges(abi.RangeSearch(*pointers, *strides, *sizes))
+    return Grid(codes, scale, None if offset == "none" else lowest, bits)
 
 
 def _round_rows(weight: Tensor, importance: Tensor, bits: int, group: int, offset: Offset) -> Grid:

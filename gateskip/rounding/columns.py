@@ -1,7 +1,7 @@
 """Chooses the codes of one group of columns of a weight, one column after the other.
 
-Columns [group, n] are contiguous, and rows do not depend on each other. On the CPU the compiled
-kernels do it (gateskip/kernels/src/linear/rounding.cpp), with results equal to those of the
+Columns [group, n] are contiguous, and rows do not depend on each other. On the CPU a compiled
+kernel rounds them (gateskip/kernels/src/linear/rounding.cpp), with results equal to those of the
 operators here, to the bit.
 """
 
@@ -70,11 +70,7 @@ def descend_columns(
     """Better codes, uint8 [group, n], and their values [group, n], in place. The error of a row is
     quadratic in its values: `want` [group, n] is minus half its gradient, moments [group, group]
     half its curvature. Each column in turn moves to the minimum, all others fixed."""
-    moments, curves = moments.contiguous(), moments.diagonal().reciprocal()
-    if (native := steps.native(len(values))) is not None:
-        ops.descend_columns(native, moments, curves, want, codes, values)
-        return
-    want = want.clone()
+    want, curves = want.clone(), moments.diagonal().reciprocal()
     for i in range(len(values)):
         code, value = steps.nearest(values[i] + want[i] * curves[i])
         want[i + 1 :] -= torch.outer(moments[i, i + 1 :], value - values[i])

@@ -28,6 +28,8 @@ int64_t gateskip_struct_size(const char* name) {
   GATESKIP_SIZE(PrefillRows);
   GATESKIP_SIZE(Entry);
   GATESKIP_SIZE(GroupSteps);
+  GATESKIP_SIZE(DescentBlock);
+  GATESKIP_SIZE(RangeSearch);
   return -1;
 }
 

@@ -19,7 +19,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 15 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 16 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -324,6 +324,50 @@ typedef struct GroupSteps {
   int32_t threads;
 } GroupSteps;
 
+/* Columns of a weight whose lines and codes are chosen anew, group after group: gateskip/rounding/descent.py */
+typedef struct DescentBlock {
+  const float* moments; /* [block, block]: mean products of these columns' inputs */
+  const float* seen;    /* [block, n]: mean products of their inputs with all inputs, times what each row lost there */
+  const float* zeros;   /* [block / group, n]: the code of the value zero; NULL where minima are free */
+  float* lost;          /* [block, n]: weights less values */
+  uint8_t* codes;       /* [block, n] */
+  float* scale;         /* [block / group, n] */
+  float* lowest;        /* [block / group, n]: the value of code 0 */
+  int32_t n;
+  int32_t block; /* columns, at most 128 */
+  int32_t group;
+  int32_t bits;
+  int32_t min_code;
+  int32_t threads;
+} DescentBlock;
+
+/* What a group of weights has beside its scale: a minimum, an integer code of the value zero, or nothing. */
+enum GroupOffset {
+  OFFSET_REAL = 0,
+  OFFSET_INTEGER = 1,
+  OFFSET_NONE = 2,
+};
+
+/* A weight [n, k] whose groups each get the best of several ranges: gateskip/quantization/rounding.py */
+typedef struct RangeSearch {
+  const float* weight;     /* its rows and columns lie `row` and `column` numbers apart */
+  const float* importance; /* of each squared error; its rows lie `importance_row` numbers apart */
+  const float* cut;        /* [cuts]: parts of a group's range that are cut off */
+  uint8_t* codes;          /* [n, k] */
+  float* scale;            /* [n, k / group] */
+  float* lowest;           /* [n, k / group]: the value of code 0; not of use without an offset */
+  int64_t row;
+  int64_t column;
+  int64_t importance_row;
+  int32_t n;
+  int32_t k;
+  int32_t group; /* columns, at most 128 */
+  int32_t bits;
+  int32_t offset; /* GroupOffset */
+  int32_t cuts;
+  int32_t threads;
+} RangeSearch;
+
 /* Memory that the calls of one model use again and again; not for two calls at a time. */
 typedef struct Arena Arena;
 
@@ -354,16 +398,16 @@ void gateskip_embed(const Embedding* embedding, const int32_t* tokens, int32_t c
 /* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k]: linear/share.cpp */
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
 
-/* -- rounding a group of columns, one after the other: linear/rounding.cpp -- */
+/* -- rounding to integers: linear/rounding.cpp -- */
 
 /* nearest codes [group, n] of columns left [group, n]; what each loses, over upper's diagonal, goes into errors
  * [group, n], and the later columns take it over by upper [group, group] */
 void gateskip_round_columns(const GroupSteps* steps, const float* upper, const float* left, uint8_t* codes,
                             float* errors);
-/* better codes [group, n] for values [group, n], which become theirs; `want` [group, n] is half the fall of the error
- * in each, moments [group, group] are its curvature, and `curves` [group] 1 over their diagonal */
-void gateskip_descend_columns(const GroupSteps* steps, const float* moments, const float* curves, const float* want,
-                              uint8_t* codes, float* values);
+/* lines and codes of less error, and what is lost by them, in place: linear/descent.cpp */
+void gateskip_descend_block(const DescentBlock* block);
+/* codes, scales and lowest values: linear/ranges.cpp */
+void gateskip_search_ranges(const RangeSearch* search);
 
 /* -- whole tokens: decode/ -- */
 

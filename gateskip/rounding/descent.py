@@ -1,0 +1,136 @@
+"""Coordinate descent over everything that GPTQ fixed: scales, minima and codes.
+
+One group of columns after another moves, with all others fixed: its scale and minimum by least
+squares for its codes, then its codes one column at a time. On the CPU the compiled kernels do it
+(gateskip/kernels/src/linear/descent.cpp); sums there have another order than those of torch's
+operators here, so that a code of some ten thousand differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gateskip.kernels import abi, build, ops
+from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale
+from gateskip.rounding.columns import Steps, descend_columns
+
+BLOCK = 128  # columns, at least a group, whose products with all others are computed together
+HELD = 1e-4  # weight of the current scale where least squares leave it free
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Scale and lowest value of each group [groups, n], and where a zero is fixed, its code."""
+
+    scale: Tensor
+    lowest: Tensor
+    zero: Tensor | None
+    bits: int
+    symmetric: bool
+
+    def rows(self, part: slice) -> _Lines:
+        """Some groups of all."""
+        zero = None if self.zero is None else self.zero[part]
+        return _Lines(self.scale[part], self.lowest[part], zero, self.bits, self.symmetric)
+
+
+def descend(weight: Tensor, moments: Tensor, grid: Grid, offset: Offset, sweeps: int) -> Grid:
+    """A grid of less error (W - Q) H (W - Q)^T for weights [n, k] and moments H [k, k], after some
+    sweeps over all groups. Every step lowers the error, except for the rounding of scales to exact
+    numbers."""
+    lost = (weight - grid.weight()).T.contiguous()  # [k, n]: a column of weights lies together
+    codes = grid.codes.T.contiguous()
+    lines = _lines(grid, offset)
+    for _ in range(sweeps):
+        for first, last in blocks(len(lost), grid.group):
+            part = slice(first, last)
+            seen = moments[part] @ lost  # minus half the error's gradient in each value
+            some = lines.rows(slice(first // grid.group, last // grid.group))
+            _descend_block(moments[part, part].contiguous(), seen, lost[part], codes[part], some)
+    minimum = None if grid.minimum is None else lines.lowest.T.contiguous()
+    return Grid(codes.T.contiguous(), lines.scale.T.contiguous(), minimum, grid.bits)
+
+
+def blocks(width: int, group: int) -> list[tuple[int, int]]:
+    """First columns and ends of blocks of whole groups. A product for a block takes half the time
+    of products for its groups."""
+    step = max(group, BLOCK // group * group)
+    return [(first, min(first + step, width)) for first in range(0, width, step)]
+
+
+def _lines(grid: Grid, offset: Offset) -> _Lines:
+    scale, lowest, zero = grid.scale.T.contiguous(), grid.lowest().T.contiguous(), None
+    if offset == "none":
+        zero = torch.full_like(scale, grid.middle)
+    elif offset == "integer":
+        zero = grid.zero_points().T.contiguous()
+    return _Lines(scale, lowest, zero, grid.bits, offset == "none")
+
+
+def _descend_block(
+    moments: Tensor, seen: Tensor, lost: Tensor, codes: Tensor, lines: _Lines
+) -> None:
+    """All groups of a block, one after another, in place: lost [block, n], codes, and lines.
+    moments [block, block] are its own; `seen` [block, n] is used up."""
+    if lost.device.type == "cpu" and build.library() is not None:
+        tensors = moments, seen, lines.zero, lost, codes, lines.scale, lines.lowest
+        pointers = [None if part is None else part.data_ptr() for part in tensors]
+        group = len(lost) // len(lines.scale)
+        sizes = lost.shape[1], len(lost), group, lines.bits, int(lines.symmetric)
+        ops.descend_block(abi.DescentBlock(*pointers, *sizes, torch.get_num_threads()))
+        return
+    group = len(lost) // len(lines.scale)
+    for number in range(len(lines.scale)):
+        part = slice(number * group, (number + 1) * group)
+        change = _descend_group(moments[part, part], seen[part], codes[part], lines, number)
+        lost[part] += change
+        seen[part.stop :].addmm_(moments[part.stop :, part], change)
+
+
+def _descend_group(
+    moments: Tensor, seen: Tensor, codes: Tensor, lines: _Lines, number: int
+) -> Tensor:
+    """By how much the values [group, n] of one group fall; its codes and its line change."""
+    scale, lowest = lines.scale[number], lines.lowest[number]
+    zero = None if lines.zero is None else lines.zero[number]
+    chosen = codes.float()
+    before = chosen * scale + lowest
+    want = seen.addmm(moments, before)  # the same at values of zero in the group
+    scale[:], lowest[:] = _line(chosen, moments, want, (scale, lowest), zero, lines.bits)
+    values = chosen * scale + lowest
+    want.addmm_(moments, values, alpha=-1)
+    steps = Steps.of(scale, lowest, lines.bits, lines.symmetric)
+    descend_columns(values, codes, want, moments, steps)
+    return before - values
+
+
+def _line(
+    codes: Tensor,
+    moments: Tensor,
+    want: Tensor,
+    current: tuple[Tensor, Tensor],
+    zero: Tensor | None,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Scale and lowest value [n] of least error for codes [group, n]: least squares under moments
+    [group, group] with the right side `want` [group, n]. In directions that moments leave free, the
+    result stays near the `current` values. With `zero` [n], the code of the value zero, only the
+    scale is free."""
+    scale, lowest = current
+    signed = codes if zero is None else codes - zero
+    seen = moments @ signed
+    both = (signed * seen).sum(0)  # the normal equations: signed codes, and ones
+    hold = HELD * both.clamp_min(1e-12)
+    both, right = both + hold, (signed * want).sum(0) + hold * scale
+    if zero is not None:
+        scale = exact_scale((right / both).clamp_min(0))
+        return scale, -zero * scale
+    mixed, ones = seen.sum(0), moments.sum()
+    right_ones = want.sum(0) + HELD * ones * lowest
+    ones = ones * (1 + HELD)
+    free = (right * ones - right_ones * mixed) / (both * ones - mixed.square())
+    scale = exact_scale(free.clamp_min(0))
+    return scale, exact_minimum((right_ones - mixed * scale) / ones, scale, bits)
