@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gateskip.kernels.autotune import fast_type
 from gateskip.quantization.grid import Grid, Offset
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.rounding.columns import Steps, round_columns
@@ -52,12 +53,16 @@ def round_compensated(weight: Tensor, moments: Tensor, how: Rounding, chance: fl
 
 
 def output_error(weight: Tensor, moments: Tensor, grid: Grid) -> float:
-    """Relative error of the layer's output, ||y' - y|| / ||y||, over the inputs of the moments."""
-    lost = weight.float() - grid.weight()
-    error = (lost @ moments * lost).sum()
-    return float(
-        (error / (weight.float() @ moments * weight.float()).sum().clamp_min(1e-30)).sqrt()
-    )
+    """Relative error of the layer's output, ||y' - y|| / ||y||, over the inputs of the moments; to
+    three digits."""
+    fast = fast_type(weight.device.type)
+    moments = moments.to(fast)
+
+    def squared(values: Tensor) -> Tensor:
+        return (values * (values.to(fast) @ moments)).sum()
+
+    whole = weight.float()
+    return float((squared(whole - grid.weight()) / squared(whole).clamp_min(1e-30)).sqrt())
 
 
 def _damped(moments: Tensor, damp: float, chance: float) -> Tensor:
@@ -101,7 +106,7 @@ def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
 def inverse_factor(moments: Tensor) -> Tensor:
     """The upper triangular U with U^T U the inverse of moments [k, k]: the inverse of their
     Cholesky factor from the other end, which takes half the operations of inverting moments."""
-    lower = torch.linalg.cholesky(moments.flip(0, 1))
+    lower: Tensor = torch.linalg.cholesky(moments.flip(0, 1))
     return _inverse(lower).flip(0, 1)
 
 
@@ -110,7 +115,8 @@ def _inverse(lower: Tensor) -> Tensor:
     size = len(lower)
     if size <= LEAF:
         one = torch.eye(size, device=lower.device)
-        return torch.linalg.solve_triangular(lower, one, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
+        return solved
     half, inverse = size // 2, torch.zeros_like(lower)
     first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
     inverse[:half, :half], inverse[half:, half:] = first, last

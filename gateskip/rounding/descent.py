@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import abi, build, ops
+from gateskip.kernels.autotune import fast_type
 from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale
 from gateskip.rounding.columns import Steps, descend_columns
 
@@ -42,14 +43,17 @@ def descend(weight: Tensor, moments: Tensor, grid: Grid, offset: Offset, sweeps:
     sweeps over all groups. Every step lowers the error, except for the rounding of scales to exact
     numbers."""
     lost = (weight - grid.weight()).T.contiguous()  # [k, n]: a column of weights lies together
-    codes = grid.codes.T.contiguous()
-    lines = _lines(grid, offset)
+    codes, lines = grid.codes.T.contiguous(), _lines(grid, offset)
+    # of the error's gradient three digits decide a code, so that fast products serve
+    fast = fast_type(lost.device.type)
+    rows, columns = moments.to(fast), lost.to(fast)
     for _ in range(sweeps):
         for first, last in blocks(len(lost), grid.group):
             part = slice(first, last)
-            seen = moments[part] @ lost  # minus half the error's gradient in each value
+            seen = (rows[part] @ columns).float()  # minus half the gradient in each value
             some = lines.rows(slice(first // grid.group, last // grid.group))
             _descend_block(moments[part, part].contiguous(), seen, lost[part], codes[part], some)
+            columns[part] = lost[part]
     minimum = None if grid.minimum is None else lines.lowest.T.contiguous()
     return Grid(codes.T.contiguous(), lines.scale.T.contiguous(), minimum, grid.bits)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gateskip.kernels.autotune import fast_products
+from gateskip.kernels.autotune import fast_products, fast_type
 from gateskip.model.families import backbone
 from gateskip.quantization.as_stored import embed_in_float32
 from gateskip.quantization.rounding import round_to_grid
@@ -107,10 +107,11 @@ class _Passes:
     def moments(self, module: Any) -> Moments:
         """Second moments of a module's inputs over all text. Modules that run before it must have
         their final weights: the next pass takes their outputs as they are now."""
-        moments = Moments(module.in_features, self.hidden[0].device)
+        device = self.hidden[0].device
+        moments, fast = Moments(module.in_features, device), fast_type(device.type)
 
         def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moments.add(args[0].flatten(0, -2).float())
+            moments.add(args[0].flatten(0, -2).to(fast))
             raise _Stop
 
         hook = module.register_forward_pre_hook(add)

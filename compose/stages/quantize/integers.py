@@ -90,7 +90,7 @@ class Allocate(BaseModel):
 class Integers(Stage):
     """Round linear layers to integers with a scale, and a minimum, for every group of weights."""
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     role: ClassVar[Role] = "quantize"
     bits: ClassVar[Bits]
     """Bits of one weight."""
@@ -430,7 +430,7 @@ class WithOffset(Integers):
     """Base of `int4`, `int3` and `int2`: an offset for each group, and more bits for value
     projections."""
 
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     offset: Literal["real", "integer"] = "real"
     """The offset of a group beside its scale: `real` is a minimum, as in GGUF's Q4_1; `integer` is

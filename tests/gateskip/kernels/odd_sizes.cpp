@@ -479,8 +479,8 @@ void attention() {
 void rounding() {
   for (int n : {1, 16, 21, 48})
     for (int group : {32, 128}) {
-      const std::vector<float> scale(n, 0.25f), inverse(n, 4.0f), lowest(n, -2.0f), curves(group, 1.0f);
-      std::vector<float> unit(size_t(group) * group), left(size_t(group) * n), errors(left.size()), values(left.size());
+      const std::vector<float> scale(n, 0.25f), inverse(n, 4.0f), lowest(n, -2.0f);
+      std::vector<float> unit(size_t(group) * group), left(size_t(group) * n), errors(left.size());
       for (int i = 0; i < group; i++) unit[size_t(i) * group + i] = 1.0f;
       for (size_t i = 0; i < left.size(); i++) left[i] = float(i % 16) * 0.25f - 2.0f + 0.1f;
       std::vector<uint8_t> codes(left.size());
@@ -488,10 +488,37 @@ void rounding() {
       gateskip_round_columns(&steps, unit.data(), left.data(), codes.data(), errors.data());
       for (size_t i = 0; i < left.size(); i++)
         check(codes[i] == i % 16 && near(errors[i], 0.1f, 1e-5f), "nearest code", n, group, int(i));
-      std::fill(codes.begin(), codes.end(), uint8_t(0));
-      gateskip_descend_columns(&steps, unit.data(), curves.data(), left.data(), codes.data(), values.data());
-      for (size_t i = 0; i < left.size(); i++)
-        check(codes[i] == i % 16 && near(values[i], left[i] - 0.1f, 1e-5f), "descent", n, group, int(i));
+      // independent columns, which are wanted at what they lost: each gets its weight's nearest code
+      std::vector<float> lines(size_t(2) * n, 0.25f), lowest_of(size_t(2) * n, -2.0f), zeros(size_t(2) * n, 8.0f);
+      const int block = group == 128 ? 128 : 64;
+      std::vector<float> ones(size_t(block) * block), lost(size_t(block) * n);
+      for (int i = 0; i < block; i++) ones[size_t(i) * block + i] = 1.0f;
+      std::vector<uint8_t> chosen(lost.size(), uint8_t(8));
+      for (size_t i = 0; i < lost.size(); i++) lost[i] = float(i % 16) * 0.25f - 2.0f;
+      const std::vector<float> weights = lost;
+      for (bool fixed : {true, false}) {
+        const DescentBlock down{ones.data(), lost.data(), fixed ? zeros.data() : nullptr, lost.data(), chosen.data(),
+                                lines.data(), lowest_of.data(), n, block, group, 4, 0, 3};
+        gateskip_descend_block(&down);
+        for (size_t i = 0; i < lost.size(); i++) {
+          const size_t line = i / n / group * n + i % n;
+          const float value = lines[line] * chosen[i] + lowest_of[line];
+          check(chosen[i] < 16 && near(weights[i] - value, lost[i], 1e-4f), "descent", n, group, int(i));
+        }
+      }
+      const float cuts[] = {0.0f, 0.1f};
+      std::vector<float> important(group, 1.0f);
+      for (int offset : {OFFSET_REAL, OFFSET_INTEGER, OFFSET_NONE}) {
+        const RangeSearch search{left.data(), important.data(), cuts, codes.data(), lines.data(), lowest_of.data(),
+                                 1, n, 0, n, group, group, 8, offset, 2, 3};
+        gateskip_search_ranges(&search);
+        for (int row = 0; row < n; row++)
+          for (int i = 0; i < group; i++) {
+            const float low = offset == OFFSET_NONE ? -128 * lines[row] : lowest_of[row];
+            const float value = lines[row] * codes[size_t(row) * group + i] + low;
+            check(near(value, left[size_t(i) * n + row], 0.01f), "range", n, group, offset);
+          }
+      }
     }
 }
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateskip.kernels import build
 from gateskip.quantization.grid import (
     Grid,
     exact_minimum,
@@ -82,6 +83,29 @@ def test_rounding_is_as_near_as_its_bits_allow(bits: int, offset: str) -> None:
     assert (grid.weight() - w).square().mean() < 1.05 * plain
     assert (grid.minimum is None) == (offset == "none")
     assert torch.equal(exact_scale(grid.scale), grid.scale)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.skipif(build.library() is None, reason="no compiled kernels")
+def test_kernels_find_the_ranges_that_the_operators_find(
+    bits: int, offset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rows and in columns, for one importance of all rows and for one of each."""
+    w, squares = weight(50, 192), torch.rand(192) ** 3
+    w[:, :32] *= 1e-6  # scales below float16's normal numbers
+    w[3, 32:64] = 0
+    for rows, important in ((w, squares), (w.T.contiguous().T, squares.expand(50, -1) ** 2)):
+        grids = []
+        for found in (build.library(), None):
+            monkeypatch.setattr(build, "library", lambda found=found: found)
+            grids.append(round_to_grid(rows, important, bits, 32, offset))  # type: ignore[arg-type]
+            monkeypatch.undo()
+        compiled, plain = grids
+        assert float((compiled.codes == plain.codes).float().mean()) > 0.999
+        assert float((compiled.scale == plain.scale).float().mean()) > 0.99
+        lost = [(important * (grid.weight() - w).square()).sum() for grid in grids]
+        assert float(lost[0]) == pytest.approx(float(lost[1]), rel=1e-3)
 
 
 def test_integer_zero_points_are_codes() -> None:

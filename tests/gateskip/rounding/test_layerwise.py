@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from tiny_models import TINY_FAMILIES, stored_as
 from compose.artifacts.packed_folder import stored_dtype
 from gateskip.model.families import backbone
 from gateskip.quantization.folders import load_model
+from gateskip.rounding import layerwise, recording
 from gateskip.rounding.compensate import Rounding
 from gateskip.rounding.layer_files import Rounded
 from gateskip.rounding.layerwise import round_layers
@@ -43,6 +47,49 @@ def test_a_model_that_is_let_go_is_rounded_as_one_in_float32(
         assert torch.equal(grid.codes, other.codes) and torch.equal(grid.scale, other.scale)
         assert grid.minimum is not None and torch.equal(grid.minimum, other.minimum)
         assert each.error == streamed[name].error
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_no_linear_module_runs_twice_on_a_batch(
+    family: str, make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the result is that of passes that start anew, to the bit."""
+    monkeypatch.setattr(layerwise, "BATCH", 2)
+    calls: Counter[Any] = Counter()
+    inner = torch.nn.Linear.forward
+
+    def counted(self: Any, x: Any) -> Any:
+        calls[self] += 1
+        return inner(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", counted)
+    recorded = rounded(make_tiny(family), torch.float32, True, let_go=False)
+    assert set(calls.values()) == {3}  # of two batches, and one to see which modules read the same
+    monkeypatch.setattr(recording.Recording, "of", lambda *_: contextlib.nullcontext())
+    calls.clear()
+    anew = rounded(make_tiny(family), torch.float32, True, let_go=False)
+    assert max(calls.values()) > 5
+    for name, each in recorded.items():
+        assert torch.equal(each.grid.codes, anew[name].grid.codes)
+        assert torch.equal(each.grid.scale, anew[name].grid.scale)
+
+
+def test_a_module_that_runs_twice_in_a_pass_has_two_outputs() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.inner(x) + 1)
+
+    layer, x = Twice(), torch.randn(2, 4)
+    passes = recording.Recording(layer)
+    expected = layer(x)
+    for _ in range(2):
+        with passes.of(0):
+            assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x), expected)
 
 
 def test_a_model_that_is_kept_has_the_rounded_weights(tiny_llama: Path) -> None:
