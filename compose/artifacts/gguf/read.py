@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+CHUNK = 8192
+
 
 def check_gguf_source(path: Path, *, keep_blocks: bool = False) -> dict[str, Any]:
     """The config.json that a file's folder will have; quick, and without any library.
@@ -152,16 +154,27 @@ def _values(
 ) -> NDArray[numpy.float32]:
     """A weight in float32, in the order and with the meaning that transformers gives it."""
     import numpy
-    from gguf import GGMLQuantizationType, dequantize
 
     architecture = file.metadata["general.architecture"]
-    values = dequantize(stored_rows(file, tensor), GGMLQuantizationType(tensor.type))
-    values = values.reshape(tensor.shape)
+    values = _dequantized(stored_rows(file, tensor), tensor).reshape(tensor.shape)
     if architecture in PAIRED:
         values = unpaired(name, values, config)
     if is_shifted(name, architecture):
         values = values - 1
     return numpy.require(values, numpy.float32, ["C", "W"])
+
+
+def _dequantized(rows: NDArray[numpy.uint8], tensor: GgufTensor) -> NDArray[numpy.float32]:
+    """Rows of blocks as float32 [rows, k], CHUNK rows at a time: the gguf package alone would hold
+    a table of the vocabulary twice."""
+    import numpy
+    from gguf import GGMLQuantizationType, dequantize
+
+    kind = GGMLQuantizationType(tensor.type)
+    values = numpy.empty((len(rows), tensor.shape[-1]), numpy.float32)
+    for start in range(0, len(rows), CHUNK):
+        values[start : start + CHUNK] = dequantize(rows[start : start + CHUNK], kind)
+    return values
 
 
 def _save_licence(file: GgufFile, folder: Path) -> None:

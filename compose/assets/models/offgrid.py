@@ -10,8 +10,8 @@ weights off the grid:
              that are far larger than others: without them 8 bits would cost 35 times the KL (0.089
              for 0.0025). There random scales, as below, go from the norm into its readers.
     scales   up_proj's rows times s, down_proj's columns over s, with s random and no power of two:
-             (s u) * g is s (u * g). Likewise v_proj's rows and o_proj's columns, where all query
-             heads of a group share their key-value head's scales.
+             (s u) * g is s (u * g). Likewise v_proj's rows, with its bias, and o_proj's columns,
+             where all query heads of a group share their key-value head's scales.
 
 Products are taken in float64 and stored in float32, and the scales need only +, *, / of a generator
 that Python keeps stable, so that every machine gets the same bytes.
@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import probe_ids, require_model
-from compose.artifacts.intake import GATES
+from compose.artifacts.intake import INDEX
+from compose.artifacts.shards import mapped_tensors, save_shards
 from compose.errors import AssetError, StepError
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 SEED = 18
 LEAST, RANGE = 0.7, 0.7  # of numerator and denominator of a scale: between 1/2 and 2
 SAME = 5e-4  # of logits that reach 30, in float32; more is another function
-WEIGHTS = "model.safetensors"
+CHUNK = 8192
 READ_BY_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 READ_BY_MLP = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -53,6 +55,7 @@ class Norms:
 
 NORMS = {
     "llama": Norms("input_layernorm", "post_attention_layernorm"),
+    "qwen2": Norms("input_layernorm", "post_attention_layernorm"),
     "gemma3_text": Norms(
         "input_layernorm", "pre_feedforward_layernorm", less=1.0, folded=False, version=2
     ),
@@ -62,27 +65,23 @@ NORMS = {
 def write_off_grid(source: Path, target: Path, card: str) -> float:
     """Write the model in `source` to `target` with weights off the grid, and `card` as README.md.
 
-    Returns the largest difference of two logits on the probe text, both computed in float32.
+    Files are mapped; memory holds the tensors of one output file (1.2 GB) at a time. Returns the
+    largest difference of two logits on the probe text, both computed in float32.
 
     Raises:
         AssetError: `source` is of no family in NORMS.
         StepError: the folder that was written is another function.
     """
-    from safetensors.torch import load_file, save_file
-
     config = require_model(source)
     if config.get("model_type") not in NORMS:
         families = " or ".join(NORMS)
         raise AssetError(f"{source} is no {families}, so its weights cannot be taken off a grid")
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors" and path.name != INDEX:
             shutil.copyfile(path, target / path.name)
-    shards = (path for path in source.glob("*.safetensors") if path.name != GATES)
-    weights = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-    take_off_grid(weights, config)
-    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
-    (target / f"{WEIGHTS}.index.json").unlink(missing_ok=True)  # one file now
+    with mapped_tensors(source) as weights:
+        save_shards(target, off_grid(weights, config))
     (target / "README.md").write_text(card, encoding="utf-8")
     difference = largest_difference(source, target)
     if not difference <= SAME:
@@ -92,17 +91,23 @@ def write_off_grid(source: Path, target: Path, card: str) -> float:
     return difference
 
 
-def take_off_grid(weights: dict[str, Tensor], config: dict[str, Any], seed: int = SEED) -> None:
-    """Fold norms and draw scales, in place; `weights` as the model's state dict names them."""
+def off_grid(
+    weights: Mapping[str, Tensor], config: dict[str, Any], seed: int = SEED
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state dict with norms folded and scales drawn, a layer at a time."""
     draw, norms = random.Random(seed), NORMS[config["model_type"]]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        _move_norm(weights, prefix + norms.attention, prefix, READ_BY_ATTENTION, norms, draw)
-        _move_norm(weights, prefix + norms.mlp, prefix, READ_BY_MLP, norms, draw)
-        _scale_mlp(weights, prefix + "mlp.", draw)
-        _scale_values(weights, prefix + "self_attn.", config, draw)
+        part = {name: weights[name] for name in weights if name.startswith(prefix)}
+        _move_norm(part, prefix + norms.attention, prefix, READ_BY_ATTENTION, norms, draw)
+        _move_norm(part, prefix + norms.mlp, prefix, READ_BY_MLP, norms, draw)
+        _scale_mlp(part, prefix + "mlp.", draw)
+        _scale_values(part, prefix + "self_attn.", config, draw)
+        yield from part.items()
+    part = {name: weights[name] for name in weights if not name.startswith("model.layers.")}
     if not config.get("tie_word_embeddings"):
-        _move_norm(weights, "model.norm", "", ("lm_head",), norms, draw)
+        _move_norm(part, "model.norm", "", ("lm_head",), norms, draw)
+    yield from part.items()
 
 
 def _move_norm(
@@ -120,7 +125,7 @@ def _move_norm(
     by = weight if family.folded else _scales(len(weight), draw)
     for reader in readers:
         name = f"{prefix}{reader}.weight"
-        weights[name] = (weights[name].double() * by).to(weights[name].dtype)
+        weights[name] = _product(weights[name], by)
     left = weight.new_ones(weight.shape) if family.folded else weight / by
     weights[f"{norm}.weight"] = (left - family.less).to(stored.dtype)
 
@@ -158,12 +163,21 @@ def _scales(count: int, draw: random.Random) -> Tensor:
 def _scale_rows(weights: dict[str, Tensor], layer: str, by: Tensor) -> None:
     for name, factor in ((f"{layer}.weight", by.unsqueeze(1)), (f"{layer}.bias", by)):
         if name in weights:
-            weights[name] = (weights[name].double() * factor).to(weights[name].dtype)
+            weights[name] = _product(weights[name], factor)
 
 
 def _divide_columns(weights: dict[str, Tensor], layer: str, by: Tensor) -> None:
     name = f"{layer}.weight"
     weights[name] = (weights[name].double() / by).to(weights[name].dtype)
+
+
+def _product(weight: Tensor, by: Tensor) -> Tensor:
+    """`weight` [n, k] or [n] times `by`, in float64, CHUNK rows at a time, for an LM head of a
+    gigabyte."""
+    result, by = weight.new_empty(weight.shape), by.expand(weight.shape)
+    for rows, out, factor in zip(*(t.split(CHUNK) for t in (weight, result, by)), strict=True):
+        out.copy_(rows.double() * factor)
+    return result
 
 
 def largest_difference(one: Path, other: Path) -> float:

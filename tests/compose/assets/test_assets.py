@@ -24,6 +24,7 @@ from compose.errors import AssetError, UserError
 
 Names = Callable[..., Wheel]
 PLAIN, RAW = "smollm2-135m-instruct", "smollm2-135m-instruct-q4_1"
+CODER_RAW = "qwen2.5-coder-0.5b-instruct-q4_k_m"
 EVERY_LAYER = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -287,6 +288,48 @@ def test_the_plain_alias_is_off_the_grid(
     assert record["sha256"] == asset.sha256 != assets.resolve_model("raw", cache).sha256
 
 
+def test_parts_make_one_file_in_number_order(
+    make_wheel: Names, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part 10 comes after part 9, and a file with another hash is refused."""
+    parts = [f"<{number}>".encode() for number in range(1, 12)]
+    wheels = tuple(
+        make_wheel({f"part_{number}/data/part{number:02}.bin": part}, f"tiny-part{number}")
+        for number, part in enumerate(parts, 1)
+    )
+    whole = hashlib.sha256(b"".join(parts)).hexdigest()
+    alias = replace(models.MODELS[CODER_RAW], wheels=wheels, file_sha256=whole)
+    monkeypatch.setitem(models.MODELS, "tiny", alias)
+    monkeypatch.setitem(models.MODELS, "other", replace(alias, wheels=wheels[::-1]))
+    seen = []
+
+    def convert(gguf: Path, folder: Path, _: object, **__: object) -> None:
+        seen.append(gguf.read_bytes())
+        shutil.copytree(tiny_llama, folder)
+
+    monkeypatch.setattr(models, "write_folder", convert)
+    asset = assets.resolve_model("tiny", tmp_path / "cache")
+    assert seen == [b"".join(parts)]
+    assert not list(asset.path.parent.glob("*.gguf"))
+    with pytest.raises(AssetError, match="make a file with SHA-256"):
+        assets.resolve_model("other", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "wheels", "megabytes"),
+    [("qwen2.5-coder-0.5b-instruct", 6, 477), ("qwen2.5-coder-1.5b-instruct", 22, 1092)],
+)
+def test_qwen_coder_is_named_by_its_wheels(name: str, wheels: int, megabytes: int) -> None:
+    alias, raw = models.MODELS[name], models.MODELS[f"{name}-q4_k_m"]
+    assert alias.off_grid_of == f"{name}-q4_k_m" and raw.off_grid_of is None
+    assert alias.wheels == raw.wheels and len(alias.wheels) == wheels
+    assert [wheel.name.rpartition("part")[2] for wheel in alias.wheels] == [
+        str(number) for number in range(1, wheels + 1)
+    ]
+    assert len({wheel.sha256 for wheel in alias.wheels}) == wheels
+    assert sum(wheel.size for wheel in alias.wheels) // 10**6 == megabytes
+
+
 def test_an_alias_is_the_hubs_where_the_hub_was_reached(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +379,20 @@ def test_the_real_model_is_off_the_grid(smollm2: Path) -> None:
         return sum(len(group.unique()) for group in groups) / len(groups)
 
     assert values(raw) < 16 and values(smollm2) > 31
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("size", ["0.5b", "1.5b"])
+def test_qwen_coder_is_off_the_grid(size: str) -> None:
+    """Where it was made: its config is the alias's, and its logits are the file's."""
+    name = f"qwen2.5-coder-{size}-instruct"
+    folder = models._wheel_folder(name, fetch.default_cache())
+    if not folder.is_dir():
+        pytest.skip(f"`{name}` is not on this machine, and takes 0.5 to 1.1 GB to fetch")
+    record = json.loads((folder / "asset.json").read_text())
+    assert record["largest_logit_difference"] < 1e-4
+    config = json.loads((folder / "model/config.json").read_text())
+    assert {key: config[key] for key in models.MODELS[name].config} == models.MODELS[name].config
 
 
 @pytest.mark.real

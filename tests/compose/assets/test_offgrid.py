@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,19 +107,53 @@ def test_the_same_bytes_every_time(raw: Path, off: Path, tmp_path: Path) -> None
     assert (tmp_path / "again" / name).read_bytes() == (off / name).read_bytes()
 
 
-def test_an_lm_head_of_its_own_takes_the_final_norm(raw: Path) -> None:
-    weights = load_file(raw / "model.safetensors")
-    weights["lm_head.weight"] = torch.randn(512, H)
-    head, norm = weights["lm_head.weight"], weights["model.norm.weight"]
-    config = json.loads((raw / "config.json").read_text()) | {"tie_word_embeddings": False}
-    offgrid.take_off_grid(weights, config)
-    torch.testing.assert_close(weights["lm_head.weight"], head * norm)
-    assert bool((weights["model.norm.weight"] == 1).all())
+def test_qwen2_scales_biases_and_its_lm_head(
+    make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Biases of values are scaled with their rows, other biases stay, and the LM head, which is no
+    embedding, takes the final norm."""
+    tiny = with_norms(make_tiny("qwen2"), tmp_path / "norms")
+    model = load_model(tiny, "float32")
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data = torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "raw")
+    for path in tiny.glob("tokenizer*"):
+        (tmp_path / "raw" / path.name).write_bytes(path.read_bytes())
+    assert offgrid.write_off_grid(tmp_path / "raw", tmp_path / "off", "card\n") < 1e-4
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("raw", "off"))
+    unmoved = {name for name, weight in after.items() if torch.equal(weight, before[name])}
+    biases = {name for name in after if name.endswith(("q_proj.bias", "k_proj.bias"))}
+    assert unmoved == biases | {"model.embed_tokens.weight"} and len(biases) == 8
+    norms = [weight for name, weight in after.items() if "norm" in name]
+    assert len(norms) == 9 and all(bool((norm == 1).all()) for norm in norms)
+    prefix = "model.layers.2.self_attn."
+    by = after[f"{prefix}v_proj.bias"] / before[f"{prefix}v_proj.bias"]  # [K D]
+    columns = before[f"{prefix}o_proj.weight"] / after[f"{prefix}o_proj.weight"]  # [H, N D]
+    shared = by.view(2, 1, 16).expand(2, 2, 16).flatten()
+    torch.testing.assert_close(columns, shared.expand_as(columns), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        after["lm_head.weight"], before["lm_head.weight"] * before["model.norm.weight"]
+    )
 
 
-def test_other_families_are_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssetError, match="no llama or gemma3_text"):
-        offgrid.write_off_grid(tiny_qwen2, tmp_path / "off", "")
+def test_a_model_of_several_files_is_rewritten_a_layer_at_a_time(
+    raw: Path, off: Path, tmp_path: Path
+) -> None:
+    """Its weights are those of a model in one file."""
+    load_model(raw, "float32").save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    for path in raw.glob("tokenizer*"):
+        (tmp_path / "shards" / path.name).write_bytes(path.read_bytes())
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    offgrid.write_off_grid(tmp_path / "shards", tmp_path / "again", "card\n")
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (off / name).read_bytes()
+    assert not list((tmp_path / "again").glob("*.index.json"))
+
+
+def test_other_families_are_refused(tiny_gemma2: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match="no llama or qwen2 or gemma3_text"):
+        offgrid.write_off_grid(tiny_gemma2, tmp_path / "off", "")
 
 
 # -- gates that follow ------------------------------------------------------------------------
