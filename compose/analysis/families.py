@@ -11,7 +11,7 @@ from compose.results.schema import CellResult, Results
 Decode = Literal["plain", "skip", "speculate", "peer"]
 
 NOT_QUANTIZED = "not quantized"
-INTEGERS = frozenset({"int8", "int4", "int3", "int2"})
+INTEGERS = frozenset({"int8", "int6", "int4", "int3", "int2"})
 OLDER_ROLES = dict.fromkeys(
     ("drop-layers", "prune-width", "prune-heads", "prune-hidden", "prune-branches"), "prune"
 ) | {"gate": "gate"}

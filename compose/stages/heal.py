@@ -120,7 +120,7 @@ class Heal(Stage):
             raise RuleBroken(
                 "codes-are-grids",
                 f"backbone: codes needs integer grids, and these are {format_} weights",
-                fix="quantize with int8, int4, int3 or int2 (offset: real), or heal scales",
+                fix="quantize with int8, int6, int4, int3 or int2 (offset: real), or heal scales",
             )
         if getattr(quantizer, "double_quant", False):
             raise RuleBroken(

@@ -24,7 +24,7 @@ from compose.stages.quantize.autoround import AutoRound
 from compose.stages.quantize.bnb import Bnb
 from compose.stages.quantize.gptq import Gptq
 from compose.stages.quantize.head import PackHead
-from compose.stages.quantize.integers import Int2, Int3, Int4, Int8
+from compose.stages.quantize.integers import Int2, Int3, Int4, Int6, Int8
 
 CLASSES: tuple[type[Stage], ...] = (
     Gate,
@@ -35,6 +35,7 @@ CLASSES: tuple[type[Stage], ...] = (
     PruneBranches,
     Heal,
     Int8,
+    Int6,
     Int4,
     Int3,
     Int2,

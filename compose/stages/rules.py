@@ -22,7 +22,7 @@ RULES: dict[str, str] = {
     "prune-after-quantize": "packed weights cannot be cut: prune before quantizing.",
     "heal-after-quantize": "packed weights are healed only by `backbone: scales` or `codes`.",
     "scales-are-packing": "`backbone: scales` needs packed weights whose scales are not packed.",
-    "codes-are-grids": "`backbone: codes` needs integer grids: int8, int4, int3 or int2.",
+    "codes-are-grids": "`backbone: codes` needs integer grids: int8, int6, int4, int3 or int2.",
     "gate-after-quantize": "packed weights cannot be trained together with gates: gate first.",
     "prune-after-gate": "thresholds are calibrated for the branches of one model: prune first.",
     "heal-after-gate": "thresholds are calibrated for the weights of one model: heal first.",

@@ -1,4 +1,4 @@
-"""The stages `int8`, `int4`, `int3` and `int2`: weights on integer grids in groups.
+"""The stages `int8`, `int6`, `int4`, `int3` and `int2`: weights on integer grids in groups.
 
 Ranges are searched by the error of the layer's output. Each rounding error is compensated in the
 weights that are not rounded yet (gateskip/rounding/compensate.py).
@@ -54,6 +54,7 @@ MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, a
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
 TAPPED = 2 * 2048  # bytes for each number of a token that gradients are taken with
 EMBEDDING_ROWS = 8192  # rounded at a time
+NO_OFFSET = 6  # bits, from which on groups have a scale alone
 
 
 class Allocate(BaseModel):
@@ -116,10 +117,10 @@ class Integers(Stage):
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
     """Linear layers with other bits, by the end of their name: `{down_proj: 8}`,
-    `{layers.0.self_attn.v_proj: 8}`. Groups of 8 bits have no minimum."""
+    `{layers.0.self_attn.v_proj: 8}`. Groups of 6 and 8 bits have no minimum."""
 
     allocate: Allocate | None = None
-    """Choose bits for each layer under a size limit for the whole folder: 2, 3, 4 or 8 bits, where
+    """Choose bits for each layer under a size limit for the whole folder: those of `among`, where
     they lower the KL from the unrounded model most for each byte. `mixed` takes precedence."""
 
     embedding: Literal[4, 6, 8] | None = 8
@@ -152,7 +153,7 @@ class Integers(Stage):
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
         """Kind of offset that groups of that many bits have beside their scale."""
-        return "none" if bits == 8 else "real"
+        return "none" if bits >= NO_OFFSET else "real"
 
     def value_bits(self) -> Bits:
         """Bits of value projections, where neither `mixed` nor `allocate` sets them."""
@@ -426,6 +427,20 @@ class Int8(Integers):
     """The stage's name."""
 
 
+class Int6(Integers):
+    """Round to 6 bits without minima: between `int8` and `int4` in size and in loss. A GGUF file
+    holds the same codes in blocks of 8 bits."""
+
+    bits: ClassVar[Bits] = 6
+
+    use: Literal["int6"] = "int6"
+    """The stage's name."""
+
+    embedding: Literal[4, 6, 8] | None = 6
+    """Bits of the embedding and of the LM head, in groups of 32 without a minimum; null packs
+    neither."""
+
+
 class WithOffset(Integers):
     """Base of `int4`, `int3` and `int2`: an offset for each group, and more bits for value
     projections."""
@@ -465,8 +480,8 @@ class WithOffset(Integers):
         return self.values or self.bits
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
-        """As set; 8 bits need none."""
-        return "none" if bits == 8 else self.offset
+        """As set; 6 bits and more need none."""
+        return "none" if bits >= NO_OFFSET else self.offset
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""

@@ -12,7 +12,7 @@ from compose.stages.shape import is_value
 DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
 """How accelerate places layers: `device_map` of `from_pretrained`."""
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 6, 8]
 """Bits of one packed weight."""
 
 
