@@ -27,15 +27,14 @@ class _Section(BaseModel):
 
 
 class Limit(_Section):
-    """Limits of one step or one cell; a limit that is left out does not apply."""
+    """Limits of one step or one cell. Without a value, there is no limit."""
 
     seconds: Amount | None = None
-    """Longest time that one process of the step or cell may work, in seconds. The time in which a
-    process waits for its turn does not count."""
+    """Maximum working time of one process, in seconds. The time in which the process waits for its
+    turn does not count."""
 
     memory_mb: Amount | None = None
-    """Most memory that one process of the step or cell may use, in megabytes. It is checked once a
-    second."""
+    """Maximum memory of one process, in megabytes, checked once a second."""
 
 
 class Limits(_Section):
