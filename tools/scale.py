@@ -140,7 +140,13 @@ def mean(values: list[float]) -> float:
 def measured_rows(costs: list[Cost]) -> list[str]:
     """What was measured, kind by kind."""
     rows = [
-        row("measured on 135M weights", "seconds", "weights x tokens", "weights x tokens a second", "peak memory"),
+        row(
+            "measured on 135M weights",
+            "seconds",
+            "weights x tokens",
+            "weights x tokens a second",
+            "peak memory",
+        ),
         "|---|---|---|---|---|",
     ]
     for kind, shown in KINDS.items():
@@ -195,7 +201,12 @@ def tables() -> str:
         "",
         *measured_rows(costs),
         "",
-        row(f"{len(plan.cells):,} cells on 70B weights", "number", "hours of the longest", "hours of all"),
+        row(
+            f"{len(plan.cells):,} cells on 70B weights",
+            "number",
+            "hours of the longest",
+            "hours of all",
+        ),
         "|---|---|---|---|",
     ]
     for kind, times in took.items():
@@ -208,7 +219,10 @@ def tables() -> str:
         "|---|---|",
         row("memory of a `gate` stage, estimated", gigabytes(memory["gate"])),
         row("memory of an `int4` stage, estimated", gigabytes(memory["int4"])),
-        row("memory for measuring a cell in bfloat16", gigabytes(PROCESS_BYTES + FOLDERS_HELD * dense)),
+        row(
+            "memory for measuring a cell in bfloat16",
+            gigabytes(PROCESS_BYTES + FOLDERS_HELD * dense),
+        ),
         row(f"disk of {len(plan.steps)} model folders", gigabytes(disk)),
         row("node-hours of all stages and cells", hours(total)),
         row("hours on 64 nodes, at least", hours(max(total / 64, longest))),

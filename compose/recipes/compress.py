@@ -57,7 +57,7 @@ def plan_of(request: Request, settings: Settings) -> Plan:
     """The plan of a request; its pipeline is written into the folder of its run.
 
     Raises:
-        UserError: the target is in use or may not be written to, or the model cannot be had.
+        UserError: the target is in use or may not be written to, or the model is not available.
     """
     refuse_foreign(request.to)
     if not request.to.exists():
