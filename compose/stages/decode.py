@@ -65,8 +65,8 @@ class Skip(DecodeStage):
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, le=1)
-    """Share of the branches' multiply-adds that is computed. If only `prompt_budget` is given, it
-    is 1."""
+    """Share of the branches' multiply-adds that is computed. If only `prompt_budget` is given,
+    `budget` is 1."""
 
     prompt_budget: PromptBudget = None
     """Share of the branches' multiply-adds that is computed for prompt tokens, except the last
