@@ -27,7 +27,8 @@ class _Section(BaseModel):
 
 
 class Limit(_Section):
-    """Limits of one step or one cell. Without a value, there is no limit."""
+    """Limits for making one model folder (a step), or for measuring one variant (a cell). Without a
+    value, there is no limit."""
 
     seconds: Amount | None = None
     """Maximum working time of one process, in seconds. The time in which the process waits for its
@@ -38,11 +39,12 @@ class Limit(_Section):
 
 
 class Limits(_Section):
-    """Limits at which a step or a cell is stopped. Its result names the limit, and the other steps
-    and cells continue. `gateskip run --retry-failed` runs it again."""
+    """Limits that stop a step (making a model folder) or a cell (measuring a variant). The result
+    names the exceeded limit, and the other steps and cells continue. `gateskip run --retry-failed`
+    tries again."""
 
     step: Limit = Limit()
     """Limits for making one model folder, and for loading it again as a check."""
 
     cell: Limit = Limit()
-    """Limits for loading and scoring one cell, and for its speed measurements."""
+    """Limits for loading, scoring and timing one variant."""

@@ -225,17 +225,18 @@ class Speed(_Section):
     """Number of tokens that are decoded after each prompt."""
 
     min_seconds: Annotated[float, Field(ge=0)] = 2.0
-    """Minimum decoding time of each cell in one round, in seconds. The cells take short turns."""
+    """Minimum decoding time of each variant in one round, in seconds. The variants take short
+    turns."""
 
     repeats: Count = 5
-    """Number of rounds. In each round all cells take turns. The median over the rounds is reported.
-    """
+    """Number of rounds. In each round all variants take turns. The median over the rounds is
+    reported."""
 
     one_process: bool = False
-    """Whether all cells are timed in one process. By default, each cell has its own process. Two
-    processes that run the same code can differ in speed by a few percent; in one process, this
-    difference does not exist. Each round loads all cells again, in another order. Other engines
-    still run in their own processes. The peak memory of each cell is not measured."""
+    """Whether all variants are timed in one process. By default, each variant has its own process.
+    Two processes that run the same code can differ in speed by a few percent; in one process, this
+    difference does not exist. Each round loads all variants again, in another order. Other engines
+    still run in their own processes. The peak memory of each variant is not measured."""
 
     batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
         1,
@@ -255,12 +256,12 @@ class Speed(_Section):
 
     sampling: Sampling | None = None
     """How tokens are sampled while speed is measured. By default, decoding is greedy. With
-    sampling, cells write different texts, and other engines cannot be compared, because they are
+    sampling, variants write different texts, and other engines cannot be compared, because they are
     timed with greedy decoding."""
 
 
 class OwnAnswers(_Section):
-    """Prompts that the dense model answers. On these answers, the predictions of the other cells
+    """Prompts that the dense model answers. On these answers, the predictions of the other variants
     are compared with those of the dense model."""
 
     source: Text = "prompts"
@@ -300,8 +301,8 @@ class Quality(_Section):
     """Number of sequences that are scored together."""
 
     own_answers: OwnAnswers | None = OwnAnswers()
-    """Compare each cell with the dense model on answers that the dense model wrote: the KL, and the
-    number of equal tokens in greedy answers. With null, this is not measured."""
+    """Compare each variant with the dense model on answers that the dense model wrote: the KL, and
+    the number of equal tokens in greedy answers. With null, this is not measured."""
 
 
 class Lossless(_Section):
@@ -319,10 +320,11 @@ class Lossless(_Section):
 
 
 class Benchmark(_Section):
-    """The measurements of every cell."""
+    """How variants are measured. A variant (cell) is one chain of stages."""
 
     baseline: Text = DENSE
-    """The cell that all other cells are compared with, in speed and in quality."""
+    """The variant that all other variants are compared with, in speed and in quality. By default,
+    the original model (`dense`)."""
 
     against: Annotated[
         tuple[Text, ...],
@@ -332,7 +334,7 @@ class Benchmark(_Section):
     """Other engines that are measured with the original model, such as `llama.cpp:q4_k_m`."""
 
     threads: Count | None = None
-    """Number of threads of each cell. By default, one thread for each core of the machine."""
+    """Number of threads for each variant. By default, one thread for each core of the machine."""
 
     speed: Speed = Speed()
     """Settings for tokens per second and time to first token."""
@@ -346,7 +348,7 @@ class Benchmark(_Section):
 
 
 class Export(_Section):
-    """The destination of one exported cell."""
+    """The folder of one exported variant."""
 
     to: Text
     """The folder of the export, relative to the working directory of the command."""
@@ -415,13 +417,13 @@ class Pipeline(_Section):
     """The chains that `gateskip search` may build; `gateskip run` ignores it."""
 
     benchmark: Benchmark = Benchmark()
-    """The measurements of every cell."""
+    """How variants are measured."""
 
     limits: Limits = Limits()
-    """Limits on time and memory of a step and of a cell. By default, there are no limits."""
+    """Limits on time and memory. By default, there are no limits."""
 
     export: dict[Text, Export] = {}
-    """Cells to export at the end of the run: the name of each cell and its folder."""
+    """Variants to export at the end of the run: the name of each variant and its folder."""
 
     _source_map: SourceMap | None = PrivateAttr(default=None)
 

@@ -140,8 +140,8 @@ class Speculate(DecodeStage):
     verify_budget: float = Field(default=1.0, gt=0, le=1)
     """Share of the branches' multiply-adds that verification computes. Below 1, the text equals
     that of a `skip` stage with this budget. The pipeline file must contain this `skip` stage,
-    because the cell is compared with it. Drafts use the same share unless `draft_budget` is given.
-    """
+    because the variant is compared with it. Drafts use the same share unless `draft_budget` is
+    given."""
 
     prompt_budget: PromptBudget = None
     """Share of the branches' multiply-adds that is computed for prompt tokens, as in the stage

@@ -143,7 +143,7 @@ def compressed_tensors(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="A model folder packed by int4, int8, gptq or autoround."
+            metavar="FOLDER", help="A model folder quantized by int4, int8, gptq or autoround."
         ),
     ],
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.")],
