@@ -101,13 +101,14 @@ class Integers(Stage):
     layer."""
 
     compensate: bool = True
-    """Whether later weights compensate for rounding errors, layer by layer, on calibration text.
-    With `false`, each weight is rounded to the nearest value, which takes seconds."""
+    """Whether the remaining weights of a layer are adjusted to compensate for rounding errors, with
+    calibration text. With `false`, each weight is rounded to the nearest value, which takes
+    seconds."""
 
     calibrate: bool = True
-    """Whether rounding weighs the inputs of a layer by their size on calibration text. With
-    `false`, all inputs have the same weight and no text is read; this loses quality in 4 bits, but
-    not in 8 bits. `compensate` and `allocate` need `true`."""
+    """Whether rounding is more exact for inputs that are large on calibration text. With `false`,
+    all inputs count the same and no text is read, which loses quality in 4 bits, but not in 8 bits.
+    `compensate` and `allocate` need `true`."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Damping: this share of the mean second moment of a layer's inputs is added to the diagonal of
