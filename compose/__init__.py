@@ -26,34 +26,34 @@ def compress(
     workers: int | None = None,
     quiet: bool = True,
 ) -> Compressed:
-    """Make a model smaller and faster, measure what it cost, and export the best variant.
+    """Make a model smaller and faster, measure the cost, and export the best variant.
 
-    The same as `gateskip compress`. Variants in 8 and 4 bits, without and with drafts, are made
-    and measured beside the model as it is. The one that decodes fastest within the bounds is
-    exported; without bounds, the fastest of which no loss of quality is shown.
+    This is the same as the command `gateskip compress`. Variants in 8 and 4 bits, with and without
+    drafts, are made and compared with the original model. The fastest variant within the bounds is
+    exported. Without bounds, the fastest variant without a measured loss of quality is exported.
 
     Args:
         model: an alias, a hub id, a folder or a GGUF file.
-        to: the folder to export to.
-        bits: make only variants of so many bits a weight, whatever they lose.
-        at_most_mb: bound of the exported folder's size on disk, in units of 10^6 bytes.
-        at_most_kl: bound of the loss: KL to the model as it is, nats a token.
-        effort: `quick` rounds each weight by itself, `normal` fits the rounding to text, `best`
-            trains what was rounded.
-        drafts: whether decoding with drafts is tried. Drafts never change a token.
+        to: the folder for the compressed model.
+        bits: make only variants with this number of bits per weight, in spite of a loss.
+        at_most_mb: maximum size of the exported folder on disk, in megabytes (10^6 bytes).
+        at_most_kl: maximum KL divergence from the original model, in nats per token.
+        effort: `quick` rounds without calibration text, `normal` rounds with calibration text,
+            `best` also trains the rounded weights.
+        drafts: whether decoding with drafts is also tried. Drafts do not change the text.
         gguf: also write `TO.gguf` for llama.cpp.
         compressed_tensors: also write the folder `TO-compressed-tensors` for vLLM.
-        out: the folder of runs.
-        workers: variants made side by side.
-        quiet: print nothing but failures.
+        out: the folder for results and intermediate model folders.
+        workers: number of processes at the same time.
+        quiet: print only failures.
 
     Returns:
-        The exported folder with all numbers; `compose.recipes.card.card_of` makes the card.
+        The exported folder and all measurements; `compose.recipes.card.card_of` makes the card.
 
     Raises:
-        UserError: the model cannot be read, the target is in use, no variant meets the bounds, or
-            none is recommended.
-        StepError: an export does not load as it should.
+        UserError: the model cannot be read, the target folder is in use, no variant meets the
+            bounds, or no variant is recommended.
+        StepError: the exported folder gives other predictions, or cannot be loaded.
     """
     from compose.assets import default_cache
     from compose.recipes.compress import source_of

@@ -48,7 +48,7 @@ OLD: Mapping[str, Callable[..., Any]] = {
 app = typer.Typer(
     cls=Commands,
     name="gateskip",
-    help="Make a language model smaller and faster, and measure what each way costs.",
+    help="Make a language model smaller and faster, and measure the cost in quality.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -75,10 +75,12 @@ def _print_version(requested: bool) -> None:
 def main_options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show where in the code an error arose.")
+        bool, typer.Option("--debug", help="Show the Python traceback of an error.")
     ] = False,
 ) -> None:
     """Take the options before the command."""

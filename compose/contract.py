@@ -53,7 +53,7 @@ Split = Literal["train", "calibration"]
 
 
 class DataSpec(BaseModel):
-    """Which texts a stage learns from or is calibrated on."""
+    """The texts on which stages are trained or calibrated."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -63,18 +63,18 @@ class DataSpec(BaseModel):
     """An alias, a hub data set id, or a path (from the YAML file) to .txt, .jsonl, .json or .xz."""
 
     mix: dict[str, Weight] = {}
-    """Several sources instead of one, and the weight of each: `{training-text: 1, sums: 1}`. So
-    many of the blocks come from it."""
+    """Several sources with their weights, instead of `source`: `{training-text: 1, sums: 1}`. The
+    weight of a source is its share of the blocks."""
 
     answered: tuple[str, ...] = ()
-    """Those sources whose prompts the untouched model answers: what follows a prompt or the user's
-    words of a chat, and what follows the first quarter of a block of other text."""
+    """Sources in which the original model writes the answers to prompts and to the user's messages
+    in chats. In other text, it continues the first quarter of each block."""
 
     limit: int = Field(default=128, ge=1)
-    """How many rows of text are taken of each source, in a fixed order."""
+    """Number of texts that are taken from each source, in a fixed order."""
 
     length: int = Field(default=512, ge=8)
-    """Tokens in one block."""
+    """Length of a block of text, in tokens."""
 
     @property
     def weights(self) -> dict[str, float]:

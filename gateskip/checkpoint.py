@@ -339,23 +339,23 @@ def load(
     rounded: bool = True,
     device: str | torch.device = "cpu",
 ) -> Decoder:
-    """A folder as a `Decoder`: model, gates if there are any, thresholds and tokenizer.
+    """Load a model folder and return a `Decoder`.
 
     Args:
         folder: a Hugging Face folder, with or without gates.
-        dtype: as in `from_pretrained`; "auto" takes the type of the config.
-        backend: the backend that runs the model (runtime/backend.py). "auto" takes `native` where
-            it can run the model and is not slower than the weights' own kernels, which is timed
-            once per machine, and otherwise `gathered`.
-        rounded: let `native` round activations to 8 bits where weights are packed, as llama.cpp
-            does.
-        device: the device of the model; only `gathered` and `reference` run on other devices than
+        dtype: as in `from_pretrained`; "auto" uses the data type of the config.
+        backend: the backend that computes the model (runtime/backend.py). "auto" uses `native` if
+            `native` can run the model and is not slower than the kernels of the library that packed
+            the weights. This is timed once per machine. Otherwise "auto" uses `gathered`.
+        rounded: whether `native` rounds activations to 8 bits before it multiplies them with packed
+            weights, as llama.cpp does.
+        device: the device of the model. Only `gathered` and `reference` run on devices other than
             a CPU.
 
     Raises:
-        FormatError: its gates are damaged, or of another version or model.
-        UnsupportedModel: the architecture is not known, or the named backend cannot run the model
-            on this device.
+        FormatError: the gates are damaged, or belong to another version or another model.
+        UnsupportedModel: the architecture is not supported, or the backend cannot run the model on
+            this device.
     """
     folder, device = Path(folder), torch.device(device)
     if backend == "native" and device.type != "cpu":

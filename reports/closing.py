@@ -9,46 +9,49 @@ from compose.units import printable
 from reports.load import Report
 
 GLOSSARY = (
-    ("variant", "One combination of stages, measured."),
-    ("dense", "The original model. All other variants are compared with it."),
-    ("decode, prefill", "Writing an answer token by token; reading a prompt at once."),
+    ("variant", "One combination of stages. A run measures several variants."),
+    ("dense", "The original model. The other variants are compared with it."),
+    (
+        "decode, prefill",
+        "Decode: generating an answer token by token. Prefill: processing the prompt.",
+    ),
     (
         "perplexity",
-        "How badly a model predicts a text: e to the power of its mean loss a token."
+        "How badly a model predicts a text: e to the power of its mean loss per token."
         " Lower is better.",
     ),
     (
         "KL",
-        "How far a variant's next-token probabilities are from those of dense, in nats a token."
-        " At 0 they are identical.",
+        "Distance between the next-token probabilities of a variant and of dense, in nats per"
+        " token. With a KL of 0 they are identical.",
     ),
-    ("keeps", "The share of dense's quality that a variant reaches."),
+    ("keeps", "The quality of a variant divided by the quality of dense."),
     (
         "95 % interval",
-        "The range in which the true value lies with 95 % confidence. Where the interval of a ratio"
+        "The range in which the true value lies with 95 % confidence. If the interval of a ratio"
         " includes 1, no difference is shown.",
     ),
     (
         "verdict",
-        "ACCEPT: quality is kept and something is gained. TRADE-OFF: something is gained and"
-        " something lost. REGRESSION: something is lost and nothing gained. NO EVIDENCE: too little"
-        " was measured to tell.",
+        "ACCEPT: faster or smaller, without a relevant loss of quality. TRADE-OFF: something got"
+        " better and something got worse. REGRESSION: something got worse and nothing got better."
+        " NO EVIDENCE: too little was measured for a verdict.",
     ),
     (
         "drafts",
-        "Tokens that a cheap pass proposes. The whole model verifies several of them at once"
-        " (speculative decoding).",
+        "Tokens that a cheap method proposes. The whole model verifies several of them in one"
+        " pass (speculative decoding).",
     ),
-    ("look-up", "Drafts that are copied from earlier text. They cost almost nothing."),
+    ("look-up", "Drafts that are copied from earlier text. Look-up costs almost nothing."),
     (
         "lossless",
-        "The tokens with drafts are exactly those that the same weights write without drafts."
-        " It says nothing of how close these weights are to dense.",
+        "Decoding with drafts is lossless if it gives the same tokens as the same weights without"
+        " drafts. Quantized weights can still differ from dense.",
     ),
     (
         "gates",
-        "Small networks that let a token skip attention or an MLP. “Saved” is the compute that is"
-        " skipped.",
+        "Small networks that decide whether a token skips attention or an MLP. “Saved” is the"
+        " skipped share of the compute.",
     ),
 )
 """Term -> its meaning, in the order in which a reader meets them."""
@@ -64,9 +67,12 @@ def next_commands(report: Report) -> tuple[tuple[str, str], ...]:
         (f"gateskip export RUN --cell {name} --to my-model", "writes a variant as a model folder"),
         (
             f"gateskip export RUN --cell {name} --format gguf --to my-model.gguf",
-            "writes it as a file for llama.cpp",
+            "writes the variant as a file for llama.cpp",
         ),
-        ("gateskip chat my-model", "talks with it"),
-        ('gateskip generate my-model "Why is the sky blue?"', "asks it one question"),
+        ("gateskip chat my-model", "starts a chat with the exported model"),
+        (
+            'gateskip generate my-model "Why is the sky blue?"',
+            "asks the exported model one question",
+        ),
         ("gateskip report RUN OTHER-RUN", "compares two runs"),
     )

@@ -24,12 +24,13 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "mutants.md"
 HEAD = """\
 # Mutants
 
-`make mutants` changes the code of the files whose numbers are published, one expression or
-statement at a time, and runs the quick tests that reach it (mutmut, configured in
-`pyproject.toml`). A change that no test notices survives: a test is missing, or the change is
-none. `make mutants MUTANTS="gateskip.model.compute*"` runs one file; survivors are printed.
+`make mutants` changes one expression or statement of a source file at a time (a mutant), and runs
+the quick tests that reach the change. Only files that compute published numbers are changed. The
+tool is mutmut, configured in `pyproject.toml`. If a mutant passes all tests, either a test is
+missing or the change has no effect. `make mutants MUTANTS="gateskip.model.compute*"` runs one file
+and prints the mutants that passed all tests.
 
-| file | mutants | noticed | share | commit |
+| file | mutants | noticed by a test | share | commit |
 |---|---|---|---|---|
 """
 NOTICED = ("killed", "timeout", "segfault")

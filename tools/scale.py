@@ -121,11 +121,11 @@ def gigabytes(size: float) -> str:
 
 
 KINDS = {
-    "source": "`source`: fetch, place, check",
+    "source": "`source`: fetching and checking the model",
     "int4": "`int4`",
     "gate": "`gate`, frozen, 4 steps",
-    SCORED: "a cell: loaded and scored",
-    COMPARED: "a cell that speculates: loaded and compared",
+    SCORED: "a cell: loading and scoring",
+    COMPARED: "a cell with drafts: loading and comparing",
 }
 
 
@@ -140,7 +140,13 @@ def mean(values: list[float]) -> float:
 def measured_rows(costs: list[Cost]) -> list[str]:
     """What was measured, kind by kind."""
     rows = [
-        row("measured on 135M weights", "seconds", "weights x tokens", "a second", "most memory"),
+        row(
+            "measured on 135M weights",
+            "seconds",
+            "weights x tokens",
+            "weights x tokens a second",
+            "peak memory",
+        ),
         "|---|---|---|---|---|",
     ]
     for kind, shown in KINDS.items():
@@ -195,24 +201,32 @@ def tables() -> str:
         "",
         *measured_rows(costs),
         "",
-        row(f"{len(plan.cells):,} cells on 70B weights", "how many", "the longest", "together"),
+        row(
+            f"{len(plan.cells):,} cells on 70B weights",
+            "number",
+            "hours of the longest",
+            "hours of all",
+        ),
         "|---|---|---|---|",
     ]
     for kind, times in took.items():
         rows.append(row(KINDS[kind], len(times), hours(max(times)), hours(sum(times))))
     cells = len(plan.cells)
     rows += [
-        row("speed rounds on one machine, at most", cells, hours(timed), hours(timed * cells)),
+        row("speed rounds on one node, at most", cells, hours(timed), hours(timed * cells)),
         "",
-        row("what it asks for", ""),
+        row("requirement", ""),
         "|---|---|",
-        row("memory of a `gate` step, as the stage estimates it", gigabytes(memory["gate"])),
-        row("memory of an `int4` step, as the stage estimates it", gigabytes(memory["int4"])),
-        row("memory of a cell in bfloat16", gigabytes(PROCESS_BYTES + FOLDERS_HELD * dense)),
-        row(f"model folders of {len(plan.steps)} steps", gigabytes(disk)),
-        row("node-hours of steps and cells, on nodes like the measured one", hours(total)),
-        row("the same on 64 such nodes, at best", hours(max(total / 64, longest))),
-        row("the longest chain and its cell: no number of nodes shortens it", hours(longest)),
+        row("memory of a `gate` stage, estimated", gigabytes(memory["gate"])),
+        row("memory of an `int4` stage, estimated", gigabytes(memory["int4"])),
+        row(
+            "memory for measuring a cell in bfloat16",
+            gigabytes(PROCESS_BYTES + FOLDERS_HELD * dense),
+        ),
+        row(f"disk of {len(plan.steps)} model folders", gigabytes(disk)),
+        row("node-hours of all stages and cells", hours(total)),
+        row("hours on 64 nodes, at least", hours(max(total / 64, longest))),
+        row("hours of the longest chain, on any number of nodes", hours(longest)),
     ]
     return "\n".join(rows)
 

@@ -63,7 +63,7 @@ def sentence(results: Results, cell: CellResult) -> str:
         the score cannot be excluded; perplexity 1 % higher.
     """
     if cell.name == results.baseline:
-        return "The model that the others are compared with."
+        return "The original model, with which the variants are compared."
     if cell.status != "ok":
         return f"It was not measured: {(cell.reason or 'no reason was recorded').rstrip('.')}."
     gains = ", ".join([*_speed(results, cell), *_size(results, cell)])

@@ -270,4 +270,4 @@ def first_source(name: str, sources: list[Callable[[], T]], fix: str) -> T:
             return source()
         except Unavailable as error:
             tried.append(str(error))
-    raise AssetError(f"{name} cannot be had here; tried: {'; '.join(tried)}", fix=fix)
+    raise AssetError(f"{name} is not available here; tried: {'; '.join(tried)}", fix=fix)

@@ -1,4 +1,4 @@
-"""Whether an asset is on this machine, may be fetched, or cannot be had; nothing is fetched here.
+"""Whether an asset is on this machine, can be downloaded, or is not available. Nothing is fetched.
 
 A hub that does not answer has nothing to fetch; a package index is taken to answer until it is
 asked.

@@ -250,7 +250,7 @@ def fetch_lm_eval_tasks(names: list[str]) -> None:
     """Have lm-eval fetch the questions of its own tasks into the hub's cache.
 
     Raises:
-        AssetError: they cannot be had, or a task needs a library that is not installed.
+        AssetError: they are not available, or a task needs a library that is not installed.
     """
     from lm_eval.tasks import TaskManager
 

@@ -27,23 +27,24 @@ class _Section(BaseModel):
 
 
 class Limit(_Section):
-    """Limits of one step or one cell; a limit that is left out does not apply."""
+    """Limits for making one model folder (a step), or for measuring one variant (a cell). Without a
+    value, there is no limit."""
 
     seconds: Amount | None = None
-    """Longest time that one process of the step or cell may work, in seconds. The time in which a
-    process waits for its turn does not count."""
+    """Maximum working time of one process, in seconds. The time in which the process waits for its
+    turn does not count."""
 
     memory_mb: Amount | None = None
-    """Most memory that one process of the step or cell may use, in megabytes. It is checked once a
-    second."""
+    """Maximum memory of one process, in megabytes, checked once a second."""
 
 
 class Limits(_Section):
-    """Limits at which a step or a cell is stopped. Its result names the limit, and the other steps
-    and cells continue. `gateskip run --retry-failed` runs it again."""
+    """Limits that stop a step (making a model folder) or a cell (measuring a variant). The result
+    names the exceeded limit, and the other steps and cells continue. `gateskip run --retry-failed`
+    tries again."""
 
     step: Limit = Limit()
     """Limits for making one model folder, and for loading it again as a check."""
 
     cell: Limit = Limit()
-    """Limits for loading and scoring one cell, and for its speed measurements."""
+    """Limits for loading, scoring and timing one variant."""

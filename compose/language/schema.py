@@ -126,33 +126,34 @@ class Model(_Section):
     """An alias, a hub id, a local folder or a GGUF file (relative to this file)."""
 
     keep_blocks: bool = False
-    """For a GGUF file: keep weights in Q4_0, Q4_1 and Q8_0 blocks exactly as they are. Otherwise,
-    and for all other block types, weights are dequantized."""
+    """For a GGUF file: use the weights in Q4_0, Q4_1 and Q8_0 blocks as they are in the file. By
+    default, all weights are dequantized."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The type in which weights that are not quantized are stored and computed."""
+    """The data type of unquantized weights, in files and in computations."""
 
 
 class TrainSpec(DataSpec):
-    """The texts that gates and healing learn from."""
+    """Texts on which the stages `gate`, `heal` and `draft-network` train."""
 
     limit: Count = 2000
-    """How many rows of text are taken, always the same ones."""
+    """Number of texts that are taken from each source. The choice is always the same."""
 
 
 class Data(_Section):
-    """The texts that stages read. Benchmarks have their own."""
+    """The texts that stages read. The benchmark uses other texts."""
 
     train: TrainSpec = TrainSpec()
     """Text for stages that train: `gate`, `heal`, `draft-network`."""
 
     calibration: DataSpec = DataSpec()
-    """Text for stages that only measure: threshold calibration, layer importance, pruning,
-    rounding."""
+    """Text for stages that measure without training: calibration of thresholds, importance of
+    layers, pruning, rounding."""
 
 
 class Matrix(BaseModel):
-    """Every combination of one choice per axis. All keys but `exclude` are axes, in chain order."""
+    """All combinations of one choice for each axis. Every key except `exclude` is an axis. The
+    order of the axes is the order of the stages in a chain."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
     __pydantic_extra__: dict[str, Annotated[tuple[Choice, ...], Field(min_length=1)]] = Field(
@@ -160,7 +161,7 @@ class Matrix(BaseModel):
     )
 
     exclude: tuple[dict[str, Choice], ...] = ()
-    """Combinations to leave out. Each entry names a choice for one or more axes."""
+    """Combinations to leave out. Each entry names a choice for one or several axes."""
 
     @property
     def axes(self) -> dict[str, tuple[Chain, ...]]:
@@ -173,92 +174,95 @@ class Search(_Section):
     """The chains that `gateskip search` may build, and how many of them it measures."""
 
     axes: dict[Text, Annotated[tuple[Choice, ...], Field(min_length=1)]] = {}
-    """One choice of each axis, in chain order, as in a matrix. When left out: the axes of the
-    matrix, or else one axis for each kind of stage, with `none`."""
+    """Choices for each axis, as in `matrix`. By default, the axes of `matrix`. Without a matrix,
+    there is one axis for each kind of stage, with `none` as one choice."""
 
     vary: dict[Text, dict[Text, tuple[Any, ...]]] = {}
-    """Stage -> parameter -> the values to try: `{narrow: {ratio: [0.05, 0.1]}}`. When both this and
-    `axes` are left out, widths and numbers of layers vary around their values in `stages`."""
+    """Values to try for parameters of stages: `{narrow: {ratio: [0.05, 0.1]}}`. If a file has
+    neither `vary` nor `axes`, the search varies widths and numbers of layers around the values in
+    `stages`."""
 
     probes: Count = 48
-    """Most chains measured in the first round. A smaller space is measured completely."""
+    """Maximum number of chains that are measured in the first round."""
 
     batch: Count = 8
-    """Chains proposed and measured together; their results decide which chains come next."""
+    """Number of chains that are proposed at a time. Their results decide which chains are proposed
+    next."""
 
     tokens: Annotated[int, Field(ge=2)] = 2048
-    """Tokens scored in the first round. Each further round scores four times as many; the last
-    round runs the whole benchmark of the file."""
+    """Number of tokens that are scored in the first round. Each further round scores four times as
+    many tokens. The last round runs the whole benchmark of the file."""
 
     finalists: Count = 6
-    """Chains that reach the last round. More reach it where their intervals still include the
-    bound."""
+    """Number of chains in the last round. Further chains take part if their intervals still include
+    the bound."""
 
 
 class Sampling(_Section):
-    """How tokens are sampled; the fields mean what they mean in transformers."""
+    """How tokens are sampled. The fields have the same meaning as in transformers."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.7
-    """Divides the logits."""
+    """Sampling temperature: the logits are divided by it."""
 
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Only the k most likely tokens; 0 is all."""
+    """Sample only from this number of most likely tokens; 0 means all tokens."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Only the most likely tokens that together have this probability."""
+    """Sample only from the most likely tokens that together have this probability."""
 
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Only tokens at least this likely, relative to the most likely."""
+    """Sample only from tokens whose probability is at least this share of the highest probability.
+    """
 
 
 class Speed(_Section):
     """How speed is measured."""
 
     prompt_tokens: Count = 128
-    """Length of the prompt that is prefilled."""
+    """Length of the prompt, in tokens."""
 
     new_tokens: Count = 128
-    """Tokens decoded after the prompt, each time that a cell has its turn."""
+    """Number of tokens that are decoded after each prompt."""
 
     min_seconds: Annotated[float, Field(ge=0)] = 2.0
-    """Seconds that every cell decodes in one repeat, in short turns that alternate over all cells.
-    """
+    """Minimum decoding time of each variant in one round, in seconds. The variants take short
+    turns."""
 
     repeats: Count = 5
-    """Interleaved rounds over all cells. Every round is recorded; the median is reported."""
+    """Number of rounds. In each round all variants take turns. The median over the rounds is
+    reported."""
 
     one_process: bool = False
-    """Whether one process times all cells (other engines keep their own). Each round loads the
-    cells anew, in another order. Two processes that run the same code can differ by a few percent
-    in speed for as long as they live; in one process this is the same for all cells, and the
-    placement of weights in memory changes with the rounds. The peak memory of each cell is not
-    measured then."""
+    """Whether all variants are timed in one process. By default, each variant has its own process.
+    Two processes that run the same code can differ in speed by a few percent; in one process, this
+    difference does not exist. Each round loads all variants again, in another order. Other engines
+    still run in their own processes. The peak memory of each variant is not measured."""
 
     batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
         1,
     )
-    """Batch sizes to measure: how many prompts run at once, one measurement each."""
+    """Batch sizes to measure: the number of prompts that are decoded together."""
 
     contexts: Annotated[tuple[Count, ...], AfterValidator(_no_repeats)] = ()
-    """Further prompt lengths, measured with one prompt at a time."""
+    """Further prompt lengths in tokens, measured with a batch size of 1."""
 
     prompts: Text | None = None
-    """Prompts by category (an alias or a file) that are continued to their end. When left out,
-    speed is measured on running text."""
+    """Prompts with categories (an alias or a file) that the model answers while it is timed. By
+    default, the model continues ordinary text."""
 
     prompts_per_category: Count | None = None
-    """Prompts of each category in one round; the next round takes the next ones. When left out,
-    all."""
+    """Number of prompts of each category in one round. Each round uses other prompts. By default,
+    each round uses all prompts."""
 
     sampling: Sampling | None = None
-    """How tokens are sampled while speed is measured; greedy decoding when left out. With sampling,
-    texts differ from cell to cell, and other engines, which are timed greedily, cannot take part.
-    """
+    """How tokens are sampled while speed is measured. By default, decoding is greedy. With
+    sampling, variants write different texts, and other engines cannot be compared, because they are
+    timed with greedy decoding."""
 
 
 class OwnAnswers(_Section):
-    """The prompts that the dense model answers. Other cells are compared with it along these
-    answers."""
+    """Prompts that the dense model answers. On these answers, the predictions of the other variants
+    are compared with those of the dense model."""
 
     source: Text = "prompts"
     """Where the prompts come from: an alias, a hub data set id, or a path."""
@@ -267,7 +271,7 @@ class OwnAnswers(_Section):
     """Number of prompts."""
 
     new_tokens: Count = 64
-    """Tokens of an answer, at most."""
+    """Maximum number of tokens in an answer."""
 
 
 class Quality(_Section):
@@ -277,73 +281,77 @@ class Quality(_Section):
         tuple[Text, ...],
         BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
     ] = ("wikitext2", "heldout-text")
-    """A data set, or several of which the first available one is used; null measures none."""
+    """Data set for perplexity. In a list, the first available data set is used. With null,
+    perplexity is not measured."""
 
     perplexity_tokens: Annotated[int, Field(ge=2)] = 8192
-    """Tokens over which perplexity, KL and agreement are measured."""
+    """Number of tokens on which perplexity, KL and agreement are measured."""
 
     tasks: Annotated[
         tuple[Text, ...], AfterValidator(_no_repeats), AfterValidator(_with_a_written_task)
     ] = ()
-    """Tasks of lm-eval. Where none of them has written answers, `arithmetic` is added: skipping
-    costs little in tasks scored by likelihood and much in written answers, so every mean must
-    include written answers."""
+    """Tasks of lm-eval. If the model writes the answers in none of them, the task `arithmetic` is
+    added, because multiple-choice tasks hardly show the loss that skipping causes in written
+    answers."""
 
     limit: Count = 500
-    """Questions taken of each task."""
+    """Maximum number of questions of each task."""
 
     batch_size: Count = 8
-    """Sequences scored at once."""
+    """Number of sequences that are scored together."""
 
     own_answers: OwnAnswers | None = OwnAnswers()
-    """Compare each cell with the dense model on answers that the dense model wrote: the KL, and how
-    long greedy answers agree. The cell decodes as it does in use. Null leaves this out."""
+    """Compare each variant with the dense model on answers that the dense model wrote: the KL, and
+    the number of equal tokens in greedy answers. With null, this is not measured."""
 
 
 class Lossless(_Section):
-    """How the text of speculation is compared with that of plain decoding, token by token."""
+    """How text that is decoded with drafts is compared, token by token, with text that is decoded
+    without drafts."""
 
     prompts: Count = 16
     """Number of prompts."""
 
     new_tokens: Count = 64
-    """Tokens of each prompt's continuation that are compared."""
+    """Number of tokens that are compared after each prompt."""
 
     source: Text = "prompts"
     """Where the prompts come from: an alias, a hub data set id, or a path."""
 
 
 class Benchmark(_Section):
-    """The measurements of every cell."""
+    """How variants are measured. A variant (cell) is one chain of stages."""
 
     baseline: Text = DENSE
-    """The cell that all others are compared with, in speed and in quality."""
+    """The variant that all other variants are compared with, in speed and in quality. By default,
+    the original model (`dense`)."""
 
     against: Annotated[
         tuple[Text, ...],
         BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
         AfterValidator(_no_repeats),
     ] = ()
-    """Other engines that run the untouched model, each a cell: `llama.cpp:q4_k_m`, ..."""
+    """Other engines that are measured with the original model, such as `llama.cpp:q4_k_m`."""
 
     threads: Count | None = None
-    """Threads that a cell computes with; when left out, one for each core of the machine."""
+    """Number of threads for each variant. By default, one thread for each core of the machine."""
 
     speed: Speed = Speed()
-    """Tokens per second and time to first token."""
+    """Settings for tokens per second and time to first token."""
 
     quality: Quality = Quality()
-    """Perplexity, agreement with the dense model, and tasks."""
+    """Settings for perplexity, agreement with the dense model, and tasks."""
 
     lossless: Lossless = Lossless()
-    """Whether to check that speculation writes the same text as plain decoding."""
+    """Settings for the check that decoding with drafts writes the same text as decoding without
+    drafts."""
 
 
 class Export(_Section):
-    """The destination of one exported cell."""
+    """The folder of one exported variant."""
 
     to: Text
-    """The folder, relative to the working directory of the command."""
+    """The folder of the export, relative to the working directory of the command."""
 
 
 DEFAULT_STAGES: dict[str, Stage] = {
@@ -371,18 +379,18 @@ class Pipeline(_Section):
     schema_version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
         default=1, alias="schema"
     )
-    """Version of this language."""
+    """Version of the pipeline language."""
 
     name: Name
-    """Name of the run, and of the folder it fills."""
+    """Name of the run, and of its folder."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of all random numbers."""
+    """Seed for all random numbers."""
 
     more_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
-    """Further seeds. Weights are made and their quality is measured once more with each of them.
+    """Further seeds. For each seed, the weights are made and scored again.
 
-    The report has means with intervals.
+    The report shows means over all seeds, with intervals.
     """
 
     model: Model
@@ -392,7 +400,7 @@ class Pipeline(_Section):
     """The texts that stages read."""
 
     stages: dict[FreeName, AnyStage] = {}
-    """The stages of chains: name -> stage with its parameters."""
+    """The stages that chains use: a name for each stage, with the stage and its settings."""
 
     pipelines: dict[VariantName, tuple[Text, ...]] = {}
     """Named chains of stages. A chain that breaks an order rule is an error."""
@@ -401,20 +409,21 @@ class Pipeline(_Section):
         Matrix | None,
         BeforeValidator(_matrix, json_schema_input_type=Literal["default"] | Matrix | None),
     ] = None
-    """Every combination of one choice per axis. Combinations that break an order rule are left out.
-    `default` stands for gates, quantizers and decoders; `gateskip validate` lists them."""
+    """All combinations of one choice for each axis. Combinations that break an order rule are left
+    out. `default` combines gates, 8 and 4 bits, and ways of decoding; `gateskip validate` lists the
+    combinations."""
 
     search: Search | None = None
     """The chains that `gateskip search` may build; `gateskip run` ignores it."""
 
     benchmark: Benchmark = Benchmark()
-    """The measurements of every cell."""
+    """How variants are measured."""
 
     limits: Limits = Limits()
-    """Limits on time and memory of a step and of a cell. Without limits when left out."""
+    """Limits on time and memory. By default, there are no limits."""
 
     export: dict[Text, Export] = {}
-    """Cells to export when the run ends: name of the cell -> destination."""
+    """Variants to export at the end of the run: the name of each variant and its folder."""
 
     _source_map: SourceMap | None = PrivateAttr(default=None)
 

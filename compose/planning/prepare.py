@@ -116,7 +116,7 @@ def _lengths(pipeline: Pipeline) -> Iterator[tuple[Loc, int]]:
 
 
 def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:
-    """The sizes of the source model; None when its config cannot be had now."""
+    """The sizes of the source model; None if its config is not available."""
     model = pipeline.model
     try:
         config = model_config(model.source, asset_cache, keep_blocks=model.keep_blocks)

@@ -113,15 +113,15 @@ def _next(done: Compressed) -> tuple[tuple[str, str], ...]:
     vllm = _word(done.compressed_tensors or vllm_beside(done.folder))
     export = f"gateskip export {folder} --format"
     return (
-        (f"gateskip chat {folder}", "chat with it"),
-        (f"gateskip bench {folder}", "measure its speed here"),
-        (f"llama-cli -m {file}", "run it in llama.cpp")
+        (f"gateskip chat {folder}", "chat with the model"),
+        (f"gateskip bench {folder}", "measure the speed of the model on this machine"),
+        (f"llama-cli -m {file}", "run the model in llama.cpp")
         if done.gguf
-        else (f"{export} gguf --to {file}", "write it for llama.cpp"),
-        (f"vllm serve {vllm}", "serve it with vLLM")
+        else (f"{export} gguf --to {file}", "write the model for llama.cpp"),
+        (f"vllm serve {vllm}", "serve the model with vLLM")
         if done.compressed_tensors
-        else (f"{export} compressed-tensors --to {vllm}", "write it for vLLM"),
-        (f"gateskip pick {run} --minimize size", "see the smallest variant"),
+        else (f"{export} compressed-tensors --to {vllm}", "write the model for vLLM"),
+        (f"gateskip pick {run} --minimize size", "show the smallest variant"),
         (_word(done.report), "read the report"),
     )
 

@@ -27,16 +27,16 @@ RECIPE = "pipeline.yaml"
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed model: where it lies, and all that was measured of it and of its rivals."""
+    """The result of `compress`: the folder of the compressed model, and all measurements."""
 
     folder: Path
     """The exported model folder."""
     variant: str
-    """The variant that was exported, as `results` names it."""
+    """The name in `results` of the exported variant."""
     results: Results
-    """Every variant's numbers; those of the source model are the baseline's."""
+    """The measurements of all variants. The baseline is the original model."""
     run_folder: Path
-    """The run: its report, its recipe as a pipeline file, its logs."""
+    """The folder of the run: report, pipeline file and logs."""
     gguf: Path | None = None
     """The same weights as a GGUF file for llama.cpp."""
     compressed_tensors: Path | None = None
@@ -44,12 +44,12 @@ class Compressed:
 
     @property
     def cell(self) -> CellResult:
-        """The numbers of the exported variant."""
+        """The measurements of the exported variant."""
         return self.results.cell(self.variant)
 
     @property
     def report(self) -> Path:
-        """The page that compares all variants."""
+        """The HTML report that compares all variants."""
         return self.run_folder / "report.html"
 
 
@@ -57,7 +57,7 @@ def plan_of(request: Request, settings: Settings) -> Plan:
     """The plan of a request; its pipeline is written into the folder of its run.
 
     Raises:
-        UserError: the target is in use or may not be written to, or the model cannot be had.
+        UserError: the target is in use or may not be written to, or the model is not available.
     """
     refuse_foreign(request.to)
     if not request.to.exists():

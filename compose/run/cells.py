@@ -52,7 +52,7 @@ def measure_quality(run: RunState, cell: Cell) -> None:
     """Run those phases of a cell that have no record yet, in one process.
 
     Raises:
-        AssetError: the baseline's data cannot be had; the other cells need the same.
+        AssetError: the baseline's data is not available; the other cells need the same.
     """
     if cell.weights in run.failed_steps:
         run.failed_cells[cell.name] = run.failed_steps[cell.weights]

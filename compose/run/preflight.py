@@ -96,7 +96,7 @@ def not_ready(missing: list[Missing]) -> UserError:
 
 
 def _fetch(run: RunState, found: Readiness) -> list[Missing]:
-    """Have a worker fetch; what cannot be had."""
+    """Have a worker fetch; return the parts that are not available."""
     line = run.board.line(f"fetch {', '.join(found.fetched())}")
     call = partial(run.workers.call, "fetch", found.to_fetch, line)
     try:
@@ -108,7 +108,7 @@ def _fetch(run: RunState, found: Readiness) -> list[Missing]:
         remove_scratch(run.folder.log("fetch"))
     lacking = [Missing(what, fix) for what, fix in answer]
     if lacking:
-        line.failed(f"{len(lacking)} cannot be had")
+        line.failed(f"{len(lacking)} not available")
     else:
         line.done()
     return lacking
@@ -207,7 +207,7 @@ def _without_model(plan: Plan, cache: Path) -> Iterator[Missing]:
 
 
 def _without_texts(texts: list[tuple[str, ...]], cache: Path) -> Iterator[Missing]:
-    """Texts without a source that can be had, and files that cannot be read."""
+    """Texts without an available source, and files that cannot be read."""
     for sources in texts:
         if first_presence(sources, cache) == "absent" or _is_small_file(sources[0]):
             alone = partial(load_texts, sources[0], None, cache)  # whose error names the line

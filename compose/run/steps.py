@@ -55,7 +55,7 @@ def make_step(run: RunState, step: Step) -> None:
     """Make a step's folder, unless it is stored whole or its parent could not be made.
 
     Raises:
-        AssetError: the source model cannot be had, so nothing can run.
+        AssetError: the source model is not available, so nothing can run.
     """
     if step.parent in run.failed_steps:
         run.failed_steps[step.key] = run.failed_steps[step.parent]

@@ -25,7 +25,7 @@ class DecodeStage(Stage):
 
     kv_cache: Literal["model", "int8"] = "model"
     """Format of the KV cache: the model's float type, or `int8` with a scale for each token and
-    head, about half the size of bfloat16. Scoring uses the same format."""
+    head, which is about half the size of bfloat16. Quality is scored with the same format."""
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, and `decode-needs-gates`: a gate stage must come before."""
@@ -43,14 +43,14 @@ class DecodeStage(Stage):
 
 
 class Plain(DecodeStage):
-    """Decode without skipping and without drafts, with another format of the KV cache."""
+    """Decode without skipping and without drafts, and set the format of the KV cache."""
 
     use: Literal["plain"] = "plain"
     """The stage's name."""
 
     kv_cache: Literal["model", "int8"] = "int8"
-    """Format of the KV cache: `int8` with a scale for each token and head, or the model's float
-    type, which is the default without this stage."""
+    """Format of the KV cache: `int8` with a scale for each token and head, or the model's data type
+    (`model`), which is also the default without this stage."""
 
     def skips(self) -> bool:
         """Nothing is skipped."""
@@ -58,30 +58,31 @@ class Plain(DecodeStage):
 
 
 class Skip(DecodeStage):
-    """Skip branches where the gate's output is below the threshold of a budget."""
+    """Decode with skipping: a token skips a branch if the gate's output is below the threshold of
+    the budget."""
 
     use: Literal["skip"] = "skip"
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, le=1)
-    """Share of the branches' multiply-adds that is computed; 1 where only `prompt_budget` is given.
-    """
+    """Share of the branches' multiply-adds that is computed. If only `prompt_budget` is given,
+    `budget` is 1."""
 
     prompt_budget: PromptBudget = None
-    """Share of multiply-adds that a prompt's tokens compute, except the last one. It uses
-    thresholds that the gate stage calibrated for its `prompt_budgets`, with the least effect on
-    answers. When left out, `budget` also applies to prompts."""
+    """Share of the branches' multiply-adds that is computed for prompt tokens, except the last
+    token. It needs the thresholds of `prompt_budgets` of the gate stage. By default, `budget` also
+    applies to prompts."""
 
     prompt: Literal["budget", "full"] = "budget"
-    """Compute of the prompt: at the budget, or full."""
+    """Whether prompt tokens skip at the budget (`budget`) or skip nothing (`full`)."""
 
     answer: Literal["budget", "full"] = "budget"
-    """Compute of the answer: at the budget, or full."""
+    """Whether answer tokens skip at the budget (`budget`) or skip nothing (`full`)."""
 
     hold: bool = False
-    """Whether each row keeps to the budget by itself: its thresholds move with the share that its
-    earlier tokens computed, every 16 tokens at first and every 64 later. The prompt is then
-    prefilled in pieces of that size, which is slower."""
+    """Whether each text of a batch is kept at the budget. Its thresholds then change with the share
+    that its earlier tokens computed, first every 16 tokens and later every 64 tokens. The prompt is
+    prefilled in pieces of this size, which is slower."""
 
     @model_validator(mode="before")
     @classmethod
@@ -106,7 +107,8 @@ class Skip(DecodeStage):
 
 
 class Speculate(DecodeStage):
-    """Draft tokens cheaply and verify them with the whole model: the same text in less time."""
+    """Decode with drafts (speculative decoding): propose tokens cheaply and verify them with the
+    whole model. The text stays the same."""
 
     example: ClassVar[Mapping[str, Any]] = {"target": "original"}
 
@@ -114,38 +116,41 @@ class Speculate(DecodeStage):
     """The stage's name."""
 
     draft_budget: float = Field(default=1.0, gt=0, le=1)
-    """Share of multiply-adds that drafting computes; 1 skips nothing."""
+    """Share of the branches' multiply-adds that drafting computes. With 1, drafting skips nothing.
+    """
 
     draft_weights: Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "auto"] = (
         "auto"
     )
-    """The draft model. Of the model itself: its own weights, or its own weights with a 4-bit copy
-    of the LM head (`int4-head`). A quantized copy of all weights, made while loading, also of
-    packed weights: bitsandbytes' `nf4`, or integers of 4, 3 or 2 bits (`int4`, `int3`, `int2`) that
-    are rounded to the model's activations. The small network that the stage `draft-network` trained
-    (`learned`), which skips nothing. `auto` measures once for each model and machine which draft is
-    fastest, and drafts nothing where none is faster than plain decoding."""
+    """The draft model: the model's own weights (`own`), the model's own weights with a 4-bit copy
+    of the LM head (`int4-head`), a quantized copy of all weights (bitsandbytes' `nf4`, or `int4`,
+    `int3`, `int2`), the small network of the stage `draft-network` (`learned`), or the fastest of
+    these (`auto`). Quantized copies are made while the model is loaded. `auto` measures each draft
+    once for each model and machine. If no draft is faster than plain decoding, `auto` drafts
+    nothing."""
 
     lookup: bool = True
-    """Whether to look up the last tokens earlier in the text and propose the tokens that followed
-    there, before a draft model is asked."""
+    """Whether to search the text for an earlier occurrence of the last tokens and to propose the
+    tokens that followed it (look-up). The draft model proposes tokens only if look-up finds
+    nothing."""
 
     draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"
-    """Tokens drafted before each verification; `auto` sets it from measured cost and acceptance."""
+    """Number of tokens in each draft. `auto` sets it from measured cost and acceptance."""
 
     verify_budget: float = Field(default=1.0, gt=0, le=1)
-    """Share of multiply-adds that verification computes. Below 1, the text equals that of a `skip`
-    stage with this budget; the pipeline must have that stage, because the cell is compared with it.
-    Drafts then use the same share, unless `draft_budget` is given."""
+    """Share of the branches' multiply-adds that verification computes. Below 1, the text equals
+    that of a `skip` stage with this budget. The pipeline file must contain this `skip` stage,
+    because the variant is compared with it. Drafts use the same share unless `draft_budget` is
+    given."""
 
     prompt_budget: PromptBudget = None
-    """Share of multiply-adds that a prompt's tokens compute, except the last one, as in the stage
+    """Share of the branches' multiply-adds that is computed for prompt tokens, as in the stage
     `skip`. The text then equals that of a `skip` stage with the same `prompt_budget`."""
 
     target: Literal["gated", "original"] = "gated"
-    """The model that verifies: `gated` is the model with its gates at full compute, `original` is
-    the model before gates were added. They differ only where gates scale. A backbone that was
-    trained with the gates cannot be undone."""
+    """The model that verifies drafts: the model with gates, skipping nothing (`gated`), or the
+    model before gates were added (`original`). They differ only if gates have `scales: true`.
+    `original` is refused if the weights were trained together with the gates."""
 
     @model_validator(mode="before")
     @classmethod

@@ -23,12 +23,14 @@ HELD_OUT = 8  # blocks on which agreement is measured
 
 
 class DraftNetwork(Stage):
-    """Train a small draft network on the model's predictions, and save it beside the weights.
+    """Train a small draft network on the model's predictions, and store the network in the model
+    folder.
 
-    It drafts from the model's last hidden state and the last token. A draft costs a few percent of
-    a token's compute, and the network takes a few megabytes. The model's weights do not change.
-    `speculate` uses it with `draft_weights: learned`. It learns best from text that the model
-    writes itself (`data.train: {mix: {self-written: 1, ...}}`).
+    The network drafts from the model's last hidden state and the last token. A drafted token takes
+    a few percent of the model's compute for a token, and the network takes a few megabytes. The
+    model's weights do not change. The stage `speculate` uses the network with
+    `draft_weights: learned`. Training works best on text that the model writes itself
+    (`data.train: {mix: {self-written: 1, ...}}`).
     """
 
     role: ClassVar[Role] = "draft"
@@ -38,32 +40,35 @@ class DraftNetwork(Stage):
     """The stage's name."""
 
     init: str | None = Field(default=None, min_length=1)
-    """Path of a draft_network.safetensors to start from; a new network when left out."""
+    """Path of a draft_network.safetensors with initial weights. By default, the weights are random.
+    """
 
     steps: int = Field(default=DRAFT.steps, ge=0)
-    """Optimizer steps; 0 leaves the network of `init` unchanged and reads no text."""
+    """Number of optimizer steps. With 0, the network of `init` is stored unchanged, and no text is
+    read."""
 
     batch: int = Field(default=DRAFT.batch, ge=1)
-    """Sequences in one step."""
+    """Number of sequences in one step."""
 
     blocks: int = Field(default=1000, ge=2)
-    """Blocks of the training text. The model's predictions on them are kept in memory, and training
-    goes over each block several times."""
+    """Number of blocks of training text. The model's predictions on all blocks are in memory, and
+    training uses each block several times."""
 
     length: int | None = Field(default=None, ge=16)
-    """Tokens in one block; when left out, `data.train.length`."""
+    """Length of a block, in tokens. By default, `data.train.length`."""
 
     unroll: int = Field(default=DRAFT.unroll, ge=1, le=8)
-    """Tokens that the network drafts at each position while it trains."""
+    """Number of tokens that the network drafts at each position during training."""
 
     lr: float = Field(default=DRAFT.lr, gt=0)
-    """Learning rate at its peak."""
+    """Maximum learning rate."""
 
     inner: int | None = Field(default=None, ge=8)
-    """Neurons of its MLP; when left out, as many as an MLP of the model has."""
+    """Number of neurons of the network's MLP. By default, as many as in one MLP of the model."""
 
     vocabulary: int = Field(default=8192, ge=8)
-    """Tokens that it can draft: the most frequent ones of its training text."""
+    """Number of different tokens that the network can draft: the most frequent tokens of the
+    training text."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = DRAFT.precision
     """Mixed precision of the training, by accelerate's names."""

@@ -68,8 +68,8 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
     """The stage's name."""
 
     recipe: Literal["ours", "paper"] = "ours"
-    """Defaults of the groups: this project's (`ours`), or those of the published method;
-    gateskip/training/recipe.py lists them."""
+    """Default settings: those of this project (`ours`) or those of the GateSkip paper (`paper`).
+    gateskip/training/recipe.py lists both."""
 
     @model_validator(mode="before")
     @classmethod

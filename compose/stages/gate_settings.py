@@ -38,8 +38,8 @@ class _Group(BaseModel):
 
 
 class ShortcutRanks(_Group):
-    """Ranks of shortcuts by kind of branch; an MLP has about three times the multiply-adds of
-    attention."""
+    """Ranks of shortcuts for attention branches and for MLP branches. An MLP has about three times
+    the multiply-adds of attention."""
 
     attention: Rank
     """Rank for attention branches."""
@@ -49,172 +49,176 @@ class ShortcutRanks(_Group):
 
 
 class GateSettings(_Group):
-    """The gate itself, and the replacement for a skipped branch."""
+    """Settings of the gates, and of the shortcut that replaces a skipped branch."""
 
     kind: GateKind = "scalar"
-    """How a gate computes its output from a branch's input; `scalar` gives one number for each
-    token and branch. The last four are baselines: random, one constant for each branch (`static`),
-    Mixture-of-Depths (`router`) and CALM (`exit`)."""
+    """How a gate computes its output from the input of the branch. `scalar` gates give one number
+    for each token and branch. `random`, `static` (one constant for each branch), `router`
+    (Mixture-of-Depths) and `exit` (CALM) are baselines for comparisons."""
 
     rank: int = Field(default=8, ge=2)
-    """Width of the bottleneck of `low-rank` and `mlp` gates."""
+    """Rank of `low-rank` gates, and width of the hidden layer of `mlp` gates."""
 
     shortcut: Rank | ShortcutRanks = 32
-    """Rank of the linear map that replaces a skipped branch; 0 replaces it by nothing, as
-    published. The map is fitted to the branch by least squares, then trained with the gates.
-    `{attention: 32, mlp: 128}` gives each kind of branch its own rank."""
+    """Rank of the linear map (shortcut) that replaces a skipped branch. With 0, a skipped branch
+    adds nothing, as in the GateSkip paper. The map is fitted to the branch by least squares, then
+    trained with the gates. `{attention: 32, mlp: 128}` sets the ranks of both kinds of branches."""
 
     scales: bool = False
-    """Whether gates also multiply the output of a branch that is computed. The model at full
-    compute then uses its gates, too."""
+    """Whether gates also scale the output of branches that are not skipped. With `true`, gates
+    change the model even if nothing is skipped."""
 
     place: Literal["after", "before"] = "after"
-    """Whether scaling gates multiply a branch's output (`after`) or its input (`before`, an
-    ablation)."""
+    """With `scales: true`: whether gates multiply a branch's output (`after`) or its input
+    (`before`)."""
 
     init: str = Field(default=WARM, min_length=1)
-    """Initial gates: `warm` (from measured contributions of the branches), `open` (random, output
-    almost 1, as published), or the path of a gates.safetensors."""
+    """Initial gates: `warm` (computed from measured contributions of the branches), `open` (random,
+    with outputs near 1, as in the GateSkip paper), or the path of a gates.safetensors."""
 
     kv: Literal["project", "copy"] = "project"
-    """Keys and values of a token that skips an attention branch: `project` computes them in the
-    layer itself, `copy` takes those of the layer below."""
+    """Keys and values of a token that skips an attention branch: computed in this layer
+    (`project`), or copied from the layer below (`copy`)."""
 
 
 class TrainSettings(_Group):
-    """How gates, and the backbone beside them, are fine-tuned."""
+    """How gates are trained, alone or together with the model's weights (backbone)."""
 
     steps: int = Field(default=TRAIN.steps, ge=0)
-    """Optimizer steps of the fine-tune; 0 leaves the gates as `init` made them."""
+    """Number of optimizer steps. With 0, the gates stay as `init` sets them."""
 
     budget: Budget = 0.8
-    """Lowest budget of the fine-tune: the share of the branches' multiply-adds that it ends at."""
+    """Lowest budget in training: the share of the branches' multiply-adds that is computed at the
+    end of training."""
 
     schedule: Literal["sampled", "linear", "cosine"] = TRAIN.schedule
-    """How the training budget moves from 1 to `budget`: drawn at random above a bound that falls
-    (`sampled`), or falling itself (`linear`, `cosine`)."""
+    """How the training budget changes from 1 to `budget`: it falls (`linear`, `cosine`), or each
+    step draws a random budget above a falling lower bound (`sampled`)."""
 
     loss: Literal["distill", "cross-entropy", "both"] = TRAIN.loss
-    """Training loss: match the dense model's logits (`distill`), predict the text, or the sum of
-    both."""
+    """Training loss: distance from the dense model's predictions (`distill`), loss of the text
+    (`cross-entropy`), or their sum (`both`)."""
 
     loss_temperature: float = Field(default=TRAIN.loss_temperature, gt=0)
-    """Temperature of the distillation."""
+    """Temperature of the distillation loss."""
 
     hidden_weight: float = Field(default=TRAIN.hidden_weight, ge=0)
     """Weight of the distance between the final hidden states of the model and those of the dense
     model."""
 
     sparsity: Literal["none", "l1", "l2", "kl"] = TRAIN.sparsity
-    """Penalty on the gates' outputs; with `none` only the budgets make gates rank tokens."""
+    """Penalty on the gates' outputs. With `none`, gates learn to skip only from the training
+    budgets."""
 
     sparsity_weight: float = Field(default=TRAIN.sparsity_weight, ge=0)
-    """Weight of that penalty."""
+    """Weight of the penalty `sparsity` in the loss."""
 
     masks: Literal["straight-through", "soft", "hard"] = TRAIN.masks
-    """How thresholds mask branches while training. `hard` passes no gradient, so gates must scale.
-    """
+    """How thresholds mask branches during training. `hard` masks pass no gradient, so they need
+    `scales: true`."""
 
     ranking: Literal["global", "uniform", "rows"] = TRAIN.ranking
-    """Which tokens are kept while training: by one threshold for all branches, by the same share in
-    each branch, or by one threshold in each row. The last stops easy texts from skipping for hard
-    ones, as `skip: {hold: true}` decodes; it takes a second pass a step."""
+    """How training chooses the tokens that skip: by one threshold for all branches (`global`), the
+    same share of tokens in each branch (`uniform`), or one threshold for each text of a batch
+    (`rows`). With `rows`, every text meets the budget, as with `skip: {hold: true}`, and each step
+    needs a second pass."""
 
     branches: Literal["both", "attention", "mlp"] = TRAIN.branches
-    """Which branches may be skipped."""
+    """Which branches get gates and can be skipped."""
 
     reading: bool = TRAIN.reading
-    """Whether gates are trained for prompts alone. Each block is cut into a prompt, which skips at
-    the step's budget, and an answer at full compute. Only the answer is compared with the dense
-    model's."""
+    """Whether gates are trained for skipping in prompts only. Each block of text is cut into a
+    prompt, which skips, and an answer, which skips nothing. The loss counts only the answer."""
 
     backbone: Literal["frozen", "lora", "full"] = "full"
-    """Which of the model's own weights are trained: none, low-rank updates (merged at the end), or
-    all except the embeddings."""
+    """Which weights of the model are trained: none (`frozen`), low-rank updates that are merged at
+    the end (`lora`), or all weights except the embeddings (`full`)."""
 
     lora_rank: int = Field(default=TRAIN.lora_rank, ge=1)
-    """Rank of these updates."""
+    """Rank of the low-rank updates of `backbone: lora`."""
 
     lr: float = Field(default=TRAIN.lr, gt=0)
     """Learning rate of the gates."""
 
     backbone_lr: float = Field(default=TRAIN.backbone_lr, gt=0)
-    """Learning rate of the model's own weights; unused when they are frozen."""
+    """Learning rate of the model's weights; without effect if they are frozen."""
 
     weight_decay: float = Field(default=TRAIN.weight_decay, ge=0)
-    """Weight decay of the model's own weights."""
+    """Weight decay of the model's weights."""
 
     warmup: Share = TRAIN.warmup
-    """Share of the steps over which the learning rates rise."""
+    """Share of the steps in which the learning rates rise (warm-up)."""
 
     decay: Literal["linear", "cosine"] = TRAIN.decay
-    """How the learning rates fall afterwards, to a tenth."""
+    """How the learning rates fall to a tenth after the warm-up."""
 
     length: int = Field(default=256, ge=8)
     """Tokens in one training sequence."""
 
     batch: int = Field(default=TRAIN.batch, ge=1)
-    """Sequences in one pass."""
+    """Number of sequences in one pass."""
 
     accumulate: int = Field(default=TRAIN.accumulate, ge=1)
-    """Passes in one optimizer step."""
+    """Number of passes in one optimizer step (gradient accumulation)."""
 
     checkpointing: bool = TRAIN.checkpointing
-    """Recompute branches in the backward pass: less memory, more time."""
+    """Whether branches are computed again in the backward pass (gradient checkpointing): less
+    memory, more time."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = TRAIN.precision
-    """Mixed precision of the training, by accelerate's names; `auto` is bf16 where the device
-    computes it fast."""
+    """Mixed precision of the training, by accelerate's names. `auto` is bf16 if the device computes
+    bf16 fast."""
 
     on_policy: OnPolicyText | None = None
-    """A second phase in which the skipping model writes part of the text and the dense model
-    corrects it. `{}` turns it on with its defaults."""
+    """A second training phase, in which the skipping model writes part of the training text and
+    learns the dense model's predictions on it. `{}` turns this phase on with default settings."""
 
     validate_every: int = Field(default=100, ge=0)
-    """Steps between validations on two blocks of the calibration text; 0 validates at the end only.
-    """
+    """Number of steps between validations on two blocks of the calibration text. With 0, there is
+    one validation at the end."""
 
 
 class CalibrateSettings(_Group):
     """How thresholds are calibrated."""
 
     allocation: Allocation = "global"
-    """How a budget is shared out over branches: one threshold for all (`global`), the same share
-    for each (`uniform`), or shares by measured sensitivity (`sensitivity`)."""
+    """How a budget is distributed over branches: one threshold for all branches (`global`), the
+    same share of tokens for each branch (`uniform`), or shares that depend on the measured
+    sensitivity of each branch (`sensitivity`)."""
 
     least: Share = 0.0
-    """Minimum share of tokens that every branch keeps at any budget."""
+    """Minimum share of tokens for which each branch is computed, at any budget."""
 
     most: Share = 1.0
-    """Maximum share of tokens that a branch keeps."""
+    """Maximum share of tokens for which a branch is computed."""
 
     budgets: tuple[Budget, ...] = Field(default=DEFAULT_BUDGETS, min_length=1)
-    """Budgets for which thresholds are calibrated and stored. Where two neighbours, or the highest
-    and 1, are more than 0.1 apart, budgets between them are added."""
+    """Budgets for which thresholds are calibrated and stored. If two neighbouring budgets, or the
+    highest budget and 1, differ by more than 0.1, budgets between them are added."""
 
     prompt_budgets: tuple[Budget, ...] = ()
-    """Budgets for which separate thresholds for a prompt's tokens (except the last) are calibrated,
-    as `skip: {prompt_budget: 0.8}` uses them. The effect of each branch in prompts on answers is
-    measured first, on calibration text cut into prompt and answer."""
+    """Budgets for which thresholds for prompt tokens (except the last token) are calibrated.
+    `skip: {prompt_budget: 0.8}` needs them. The calibration first measures how much skipping each
+    branch in the prompt changes the predictions of the answer."""
 
     prompt_order: PromptOrder = "harm"
-    """Which branches a prompt's tokens skip first: those with the least measured effect on answers
-    for their cost (`harm`), or the last layers (`depth`), as early exits do."""
+    """Which branches prompt tokens skip first: branches with the smallest measured effect on
+    answers for their cost (`harm`), or the branches of the last layers (`depth`), as early exits
+    do."""
 
     calibration_blocks: int = Field(default=16, ge=1)
-    """Sequences of `length` tokens on which thresholds are calibrated."""
+    """Number of sequences, of `length` tokens each, on which thresholds are calibrated."""
 
     calibrate_on: Literal["text", "written", "both"] = "text"
     """Text on which thresholds are calibrated: the calibration text (`text`), answers that the
-    model writes while it skips at each budget (`written`), or both. Prompts come from the
-    calibration text or the training text, where one has any; otherwise a chat model writes them as
-    the user."""
+    model writes while it skips (`written`), or both. The prompts for these answers come from the
+    calibration text or the training text. If neither has prompts, a chat model writes them."""
 
     written_prompts: int = Field(default=32, ge=1)
-    """Prompts that are answered at each budget."""
+    """Number of prompts that the model answers at each budget."""
 
     written_tokens: int = Field(default=64, ge=2)
-    """Tokens of an answer, at most."""
+    """Maximum number of tokens in an answer."""
 
     @field_validator("budgets", "prompt_budgets")
     @classmethod

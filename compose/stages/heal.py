@@ -32,7 +32,7 @@ HELD_OUT = 4  # blocks that healing is stopped by
 
 
 class Heal(Stage):
-    """Train the weights on the dense model's own predictions."""
+    """Train the weights towards the predictions of the dense model (distillation)."""
 
     role: ClassVar[Role] = "heal"
     on_gpu: ClassVar[bool] = True
@@ -43,59 +43,62 @@ class Heal(Stage):
     """The stage's name."""
 
     steps: int = Field(default=HEAL.steps, ge=1)
-    """Optimizer steps, at most."""
+    """Maximum number of optimizer steps."""
 
     backbone: Literal["full", "lora", "scales", "codes"] = "full"
-    """Which weights learn. `full`: all except the embeddings. `lora`: low-rank updates of the
-    linear layers, merged at the end. `scales`, for quantized models: the scales of their groups,
-    and the norms. `codes`, for integer grids such as `int4`: also the integer codes, which recovers
-    more and takes longer. Format, size and speed do not change."""
+    """Which weights are trained: all weights except the embeddings (`full`), low-rank updates of
+    the linear layers that are merged at the end (`lora`), the scales and norms of a quantized model
+    (`scales`), or also the integer codes of `int8`, `int4`, `int3` or `int2` (`codes`). `codes`
+    recovers more quality than `scales` and takes longer. File format, size and speed do not change.
+    """
 
     lora_rank: int = Field(default=HEAL.lora_rank, ge=1)
-    """Rank of these updates."""
+    """Rank of the low-rank updates of `backbone: lora`."""
 
     lr: float = Field(default=HEAL.lr, gt=0)
-    """Peak learning rate. Low-rank updates and scales take about ten times the rate of all weights.
-    """
+    """Maximum learning rate. `lora` and `scales` need about ten times the rate of `full`."""
 
     weight_decay: float = Field(default=HEAL.weight_decay, ge=0)
     """Weight decay of AdamW."""
 
     warmup: float = Field(default=HEAL.warmup, ge=0, le=1)
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps in which the learning rate rises (warm-up)."""
 
     decay: Literal["linear", "cosine"] = HEAL.decay
-    """How the learning rate falls afterwards, to a tenth."""
+    """How the learning rate falls to a tenth after the warm-up."""
 
     batch: int = Field(default=HEAL.batch, ge=1)
-    """Sequences in one pass."""
+    """Number of sequences in one pass."""
 
     accumulate: int = Field(default=HEAL.accumulate, ge=1)
-    """Passes in one optimizer step."""
+    """Number of passes in one optimizer step (gradient accumulation)."""
 
     length: int | None = Field(default=None, ge=8)
-    """Tokens in one sequence; when left out, `data.train.length`."""
+    """Length of a sequence, in tokens. By default, `data.train.length`."""
 
     temperature: float = Field(default=HEAL.temperature, gt=0)
-    """Softens the teacher's and the student's distributions before they are compared."""
+    """Temperature of the distillation loss."""
 
     on_policy: OnPolicyText | None = None
-    """A second phase in which the trained model writes part of the text and the dense model
-    corrects it. `{}` turns it on with its defaults."""
+    """A second training phase, in which the trained model writes part of the training text and
+    learns the dense model's predictions on it. `{}` turns this phase on with default settings."""
 
     checkpointing: bool = HEAL.checkpointing
-    """Recompute layers in the backward pass: less memory, more time."""
+    """Whether layers are computed again in the backward pass (gradient checkpointing): less memory,
+    more time."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = HEAL.precision
-    """Mixed precision of the training, by accelerate's names; `auto` is bf16 where the device
-    computes it fast."""
+    """Mixed precision of the training, by accelerate's names; `auto` is bf16 if the device computes
+    bf16 fast."""
 
     validate_every: int = Field(default=HEAL.validate_every, ge=0)
-    """Steps between validations on four held-out blocks of the training text; the best weights are
-    kept. 0 holds nothing out and keeps the last weights."""
+    """Number of steps between validations on four held-out blocks of the training text. The weights
+    of the best validation are saved. With 0, there is no validation, and the last weights are
+    saved."""
 
     patience: int = Field(default=HEAL.patience, ge=0)
-    """Validations in a row without improvement before training stops; 0 never stops early."""
+    """Training stops after this number of validations without improvement. With 0, training never
+    stops early."""
 
     def tolerates(self, rule: str) -> bool:
         """Packed weights learn by their scales and codes. Gates tolerate that as they tolerate

@@ -15,34 +15,34 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class OnPolicyText(BaseModel):
-    """How a fine-tune uses text that the model in training writes itself."""
+    """Settings for training on text that the trained model writes itself."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     after: Share = DEFAULT.after
-    """Share of the steps before this phase begins."""
+    """Share of the training steps after which this phase begins."""
 
     share: Share = DEFAULT.share
-    """Share of this phase's passes that use text written by the model."""
+    """Share of the passes in this phase that train on text written by the model."""
 
     every: int = Field(default=DEFAULT.every, ge=1)
-    """Steps between two times that the model writes."""
+    """Number of steps after which the model writes new text."""
 
     tokens: int = Field(default=DEFAULT.tokens, ge=1)
-    """Tokens that it writes at the end of a block of training text."""
+    """Number of tokens that the model writes at the end of each block of training text."""
 
     temperature: float = Field(default=DEFAULT.temperature, ge=0)
-    """Temperature of its sampling; 0 is greedy."""
+    """Sampling temperature for the written text; 0 decodes greedily."""
 
     divergence: Divergence = DEFAULT.divergence
-    """Divergence from the dense model on written text: `forward` is KL(dense || model), `reverse`
-    is KL(model || dense), `mixed` is the mean of both."""
+    """Loss on the written text, compared with the dense model: `forward` is KL(dense || model),
+    `reverse` is KL(model || dense), `mixed` is the mean of both."""
 
     top_k: int = Field(default=DEFAULT.top_k, ge=0)
-    """Number of the dense model's most likely tokens that count one by one in the divergence; all
-    others count as one. 0 counts every token."""
+    """Number of the dense model's most likely tokens that the loss counts separately. All other
+    tokens count as one token. With 0, all tokens are counted separately."""
 
 
 def as_settings(text: OnPolicyText | None) -> OnPolicy | None:

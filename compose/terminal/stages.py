@@ -42,8 +42,8 @@ def stage_list() -> str:
         [
             *lines,
             "",
-            "`gateskip stages STAGE` explains the settings of one.",
-            "`gateskip stages --rules` shows which stage may follow which.",
+            "`gateskip stages STAGE` explains the settings of a stage.",
+            "`gateskip stages --rules` prints which stages may follow each stage.",
         ]
     )
 
@@ -66,7 +66,7 @@ def stage_text(use: str) -> str:
             required = name in schema.get("required", ())
             lines += _setting(f"{group}{name}", entry, schema, required=required)
     if inside:
-        lines += ["", "A file may write the settings with their group or without it."]
+        lines += ["", "In a file, a setting can be written inside its group or without the group."]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""Role `fetch`: what a plan reads comes into the cache, and other engines get their environments.
+"""Role `fetch`: downloads the data and models of a plan, and makes environments of other engines.
 
-Everything is tried, so that all that cannot be had is told at once. Environments come last: they
-take minutes, and are made only where the rest is there.
+Everything is tried, so that one message lists all missing parts. Environments come last: they take
+minutes, and are made only if everything else is available.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from compose.errors import ComposeError
 from compose.units import Progress
 
 Lacking = list[tuple[str, str | None]]
-"""What cannot be had, and what puts it right."""
+"""Name of a missing part, and its fix."""
 
 
 def fetch(job: FetchJob, progress: Progress) -> Lacking:
-    """Fetch all that the job names; what cannot be had, each with its fix."""
+    """Fetch all that the job names; return the missing parts, each with its fix."""
     lacking = _refused(_inputs(job, progress))
     return lacking or _refused(_environments(job, progress))
 

@@ -14,44 +14,46 @@ MAX_DRAFT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class SkipConfig:
-    """The compute of prompts and answers."""
+    """How prompts and answers skip branches."""
 
     budget: float = 0.8
-    """Share of the branches' multiply-adds that tokens compute in mode `skip`."""
+    """Share of the branches' multiply-adds that is computed in mode `skip`."""
     prompt: Compute = "budget"
-    """Compute of the prompt in modes that skip: the `budget`, or `full`."""
+    """Whether prompt tokens skip at the budget (`budget`) or skip nothing (`full`)."""
     answer: Compute = "budget"
-    """Compute of the answer: the `budget`, or `full`."""
+    """Whether answer tokens skip at the budget (`budget`) or skip nothing (`full`)."""
     prompt_budget: float | None = None
-    """Share of multiply-adds that a prompt's tokens compute, except the last one, by thresholds
-    with the least effect on answers: see calibration/reading.py. When None, prompts are computed at
-    `budget`."""
+    """Share of the branches' multiply-adds that is computed for prompt tokens, except the last
+    token. Its thresholds are calibrated for the smallest effect on answers
+    (calibration/reading.py). With None, `budget` also applies to prompts."""
     hold: bool = False
-    """Whether each row keeps to its budget by thresholds that move with its own past: see
-    runtime/budget_control.py."""
+    """Whether each row of a batch is kept at the budget. Its thresholds then change with the share
+    that its earlier tokens computed (runtime/budget_control.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig:
-    """How mode `speculate` drafts and verifies."""
+    """How drafts are made and verified in mode `speculate`."""
 
     budget: float = 1.0
-    """Share of the branches' multiply-adds that drafting computes. 1 skips nothing; the model's own
-    weights then draft nothing."""
+    """Share of the branches' multiply-adds that drafting computes. With 1, drafting skips nothing,
+    and the model's own weights (`own`) draft nothing."""
     length: int | Literal["auto"] = "auto"
-    """Tokens drafted before each verification, 1 to 16. `auto` sets it from measured cost and
-    acceptance, to 0 where drafting does not pay."""
+    """Number of tokens in each draft, 1 to 16. `auto` sets it from measured cost and acceptance;
+    while drafts do not make decoding faster, it is 0."""
     weights: Weights = "auto"
     """The draft model: the model's own weights (`own`); these with a 4-bit LM head (`int4-head`); a
     copy of all weights in fewer bits (`int4`, `int3`, `int2` with a 3-bit head, or `nf4`); the
     small network that the stage `draft-network` trained (`learned`); or `auto`, the fastest of
     these, measured once per machine."""
     lookup: bool = True
-    """Whether to look up the last tokens earlier in the text and propose the tokens that followed
-    there, before a draft model is asked."""
+    """Whether to search the text for an earlier occurrence of the last tokens and to propose the
+    tokens that followed it (look-up). The draft model proposes tokens only if look-up finds
+    nothing."""
     verify_budget: float = 1.0
-    """Share of multiply-adds that verification computes. At 1 the tokens are those of mode `plain`
-    (when sampling: their distribution); below 1 those of `skip` at that budget."""
+    """Share of the branches' multiply-adds that verification computes. With 1, the tokens (or, with
+    sampling, their distribution) equal those of mode `plain`. Below 1, they equal those of mode
+    `skip` at this budget."""
 
     def __post_init__(self) -> None:
         if self.length != "auto" and not 1 <= self.length <= MAX_DRAFT:

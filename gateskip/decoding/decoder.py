@@ -103,10 +103,11 @@ class Decoder:
         return thresholds
 
     def kept(self, budget: float) -> float:
-        """Share of the branches' multiply-adds that a budget keeps on text like the calibration's.
+        """Share of the branches' multiply-adds that is computed at a budget, on text like the
+        calibration text.
 
         Raises:
-            ValueError: it is below the lowest calibrated budget.
+            ValueError: the budget is below the lowest calibrated budget.
         """
         return self._budgets.kept_at(budget)
 
@@ -158,10 +159,10 @@ class Decoder:
             yield from self.network.network.state_dict().values()
 
     def prepare_drafts(self, weights: Weights = "auto", budget: float = 1.0) -> None:
-        """Make the draft model, or choose it for `auto`. Otherwise the first call that drafts does
-        this.
+        """Make the draft model now; `auto` first chooses it. Without this call, the first call of
+        `generate` that drafts makes it.
 
-        Raises ValueError as `drafter`, and for `learned` in a folder without a network.
+        Raises ValueError if the copy is impossible, or if a folder has no network for `learned`.
         """
         if weights == "auto":
             weights = self.fastest_draft(budget)[0] or "own"
@@ -192,8 +193,8 @@ class Decoder:
         return self._drafters[weights]
 
     def fastest_draft(self, budget: float = 1.0) -> tuple[Weights | None, bool]:
-        """The fastest draft at a budget, None where there is none, and whether it is faster than
-        plain decoding. Measured once per machine; other copies that were tried are dropped."""
+        """The fastest draft at a budget (None if no draft is possible), and whether it is faster
+        than plain decoding. This is measured once per machine."""
         if budget not in self._fastest:
             before = set(self._drafters)
             self._fastest[budget] = fastest(self, budget)
@@ -220,29 +221,31 @@ class Decoder:
         on_token: Callable[[int, int], None] | None = None,
         **settings: Unpack[Settings],
     ) -> Generation:
-        """Continue prompts (token ids, one list a row), greedily unless `sampler` says otherwise.
+        """Generate tokens after prompts, one list of token ids for each row. The default is greedy.
 
         Args:
-            mode: `plain` (full compute), `skip` (at the budget of `skip`), or `speculate` (drafted
-                by the settings of `draft`, and verified: the tokens of `plain`, or when sampling
-                its distribution).
-            budget: short for the budget of `skip`.
-            skip: the compute of prompts and answers.
-            draft: how to draft, and the compute of verification.
-            sampler, seed: how tokens are drawn; each row has a separate random stream.
-            target: the model at full compute, where gates scale the branches' output: the `gated`
-                model, or the `original` without gates. With other gates both are the same.
-            kv_cache: format of keys and values: the `model`'s float type, or 8 bits with a scale
-                for each token and head (`int8`); None takes `skipping.kv_cache`.
-            eos: token ids that end a row; the ending token is part of the result.
-            stop: strings that end a row as soon as its text contains one.
+            mode: `plain` skips nothing and drafts nothing. `skip` skips branches as `skip` sets.
+                `speculate` uses drafts as `draft` sets; the tokens equal those of `plain`, and with
+                sampling their distribution does.
+            budget: the same as `skip.budget`.
+            skip: how prompts and answers skip branches.
+            draft: how drafts are made and verified.
+            sampler, seed: how tokens are sampled; each row has a separate random stream.
+            target: the model that computes tokens which skip nothing: the model with gates
+                (`gated`) or without gates (`original`). They differ only if gates scale the output
+                of branches.
+            kv_cache: format of the KV cache: the model's float type (`model`), or 8 bits with a
+                scale for each token and head (`int8`). None uses `skipping.kv_cache`.
+            eos: token ids that end a row; the last token of the result is the end token.
+            stop: strings that end a row as soon as its text contains one of them.
             criteria: further StoppingCriteria of transformers.
-            on_token: called with (row, token) as tokens are committed.
-            settings: single fields of `skip` and `draft`: `prompt`, `answer`, `prompt_budget`,
-                `hold`; `draft_budget`, `draft_length`, `draft_weights`, `lookup`, `verify_budget`.
+            on_token: called with (row, token) for each new token.
+            settings: fields of `skip` and `draft` as keyword arguments: `prompt`, `answer`,
+                `prompt_budget`, `hold`; `draft_budget`, `draft_length`, `draft_weights`, `lookup`,
+                `verify_budget`.
 
         Raises:
-            ValueError: a setting is out of range, or contradicts its group.
+            ValueError: a setting is out of range, or contradicts `skip` or `draft`.
 
         >>> skip = SkipConfig(budget=0.8, prompt="full")                        # doctest: +SKIP
         >>> decoder.generate([ids], 16, "skip", skip=skip).tokens               # doctest: +SKIP

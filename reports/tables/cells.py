@@ -208,7 +208,7 @@ def speed(report: Report) -> Table[Row]:
             Column(
                 "First token",
                 "ms",
-                "Time from the prompt to the first token.",
+                "Time from the start of prefill to the first new token.",
                 spread_of("ttft_s", milliseconds),
             ),
             Column(
@@ -237,7 +237,7 @@ def memory(report: Report) -> Table[Row]:
                 PAGE.megabytes,
             ),
             metric_column(
-                "peak", "Peak", "MB", "Most memory that the variant's process held.", PAGE.megabytes
+                "peak", "Peak", "MB", "Peak memory of the variant's process.", PAGE.megabytes
             ),
             Column("KV cache", "MB", "KV cache of the largest shape that was timed.", cache_entry),
             metric_column(
@@ -251,7 +251,7 @@ def memory(report: Report) -> Table[Row]:
             Column(
                 "Saved",
                 "model, %",
-                "Net, counted over the whole model with its LM head.",
+                "Net savings as a share of the whole model, including the LM head.",
                 saved_model_entry,
             ),
         ],
@@ -302,7 +302,7 @@ def speculation(report: Report) -> Table[Row]:
             Column(
                 "Speed-up",
                 "over plain",
-                "Decode speed over that of the same weights without drafts.",
+                "Decode speed divided by that of the same weights without drafts.",
                 speedup_entry,
             ),
             Column("Drafted by", "% of drafts", DRAFTED_BY_HELP, drafted_by_entry),
@@ -312,14 +312,14 @@ def speculation(report: Report) -> Table[Row]:
             Column(
                 "Draft length",
                 "most often",
-                "Tokens that are drafted before a verification.",
+                "Number of tokens in a draft.",
                 usual_draft_entry,
             ),
             *position_columns(rows),
             Column(
                 "Drafting",
                 "% of time",
-                "Share of the decoding time spent on drafts. The rest verifies.",
+                "Share of the decoding time spent on drafting; the rest is verification.",
                 drafting_entry,
             ),
         ],
@@ -332,13 +332,13 @@ def lossless(report: Report) -> Table[Row]:
     forced = Column(
         "Draft length",
         "forced",
-        "Draft length that the check forces.",
+        "Fixed draft length of the check.",
         check_count_entry("forced_draft_length"),
     )
     accepted = Column(
         "Accepted",
         "%, forced",
-        "Share of drafts accepted under the forced length, not in the timed rounds.",
+        "Share of drafted tokens accepted in the check with the fixed draft length.",
         _forced_rate,
     )
     return table_of(
@@ -351,7 +351,7 @@ def lossless(report: Report) -> Table[Row]:
             Column(
                 "Diverged",
                 "prompts",
-                "Number of prompts whose texts differ.",
+                "Number of prompts whose answers differ.",
                 check_count_entry("divergences"),
             ),
             forced,

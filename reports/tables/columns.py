@@ -142,5 +142,5 @@ def sure_tone(report: Report, row: Row, metric: str) -> Tone | None:
 def retained_help(report: Report) -> str:
     """What the share retained is a share of, in this run."""
     if retained_basis(report.results) == "tasks":
-        return "Task score over the dense model's, mean over the tasks."
-    return "The dense model's perplexity over the variant's, because this run asked no questions."
+        return "Task score divided by the dense model's score, mean over the tasks."
+    return "Perplexity of the dense model divided by the variant's: this run asked no questions."

@@ -12,17 +12,19 @@ from compose.table import Entry
 from reports.load import Report, Row
 from reports.tables.columns import IDENTICAL, Column, Make, predicts_like_baseline, tone
 
-RATIO_HELP = "Perplexity over the dense model's. At 1 nothing is lost. Below it: the 95 % interval."
-KL_HELP = "Mean KL divergence from the dense model, nats a token. Below it: the 95 % interval."
+RATIO_HELP = "Perplexity divided by the dense model's. Below: the 95 % interval."
+KL_HELP = "Mean KL divergence from the dense model, in nats per token. Below: the 95 % interval."
 AGREE_HELP = "Share of positions where the most probable token is that of the dense model."
 ROUNDING_HELP = (
-    "Mean KL, nats a token, between decoding, which rounds activations to 8 bits, and scoring,"
-    " which does not."
+    "Mean KL between decoding, which rounds activations to 8 bits, and scoring, which does"
+    " not, in nats per token."
 )
 OWN_KL_HELP = "Mean KL from the dense model on the greedy answers of the dense model."
-WRITTEN_HELP = "Share kept of the scores of tasks with written answers, mean over these tasks."
-RANKED_HELP = "The same for multiple-choice tasks, whose answers are ranked by likelihood."
-PREFIX_HELP = "Number of tokens for which the greedy answer is the dense model's, from its start."
+WRITTEN_HELP = (
+    "Score divided by the dense model's score, mean over tasks whose answers the model writes."
+)
+RANKED_HELP = "Score divided by the dense model's score, mean over multiple-choice tasks."
+PREFIX_HELP = "Number of tokens after which the greedy answer first differs from the dense model's."
 
 
 def task_score_column(report: Report, task: str, *, detail: bool) -> Column:

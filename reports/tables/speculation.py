@@ -13,15 +13,15 @@ from reports.load import Report, Row
 from reports.tables.columns import Column, Make
 
 POSITION_HELP = (
-    "Share accepted at this position of a draft, where all drafts before it were accepted."
+    "Share of tokens accepted at this position of a draft, if all tokens before were accepted."
 )
 SHOWN_POSITIONS = 6
 ACCEPTED_HELP = "Share of drafted tokens that the whole model accepted in the timed rounds."
-MEAN_HELP = "Tokens gained by one pass of the whole model. Without drafts it is 1."
-PLAIN_HELP = "Share of the timed steps in which nothing was drafted."
-LOSSLESS_HELP = "Whether each greedy token is the one that the named weights give without drafts."
+MEAN_HELP = "New tokens for each pass of the whole model. Without drafts it is 1."
+PLAIN_HELP = "Share of the timed steps without a draft."
+LOSSLESS_HELP = "Whether greedy decoding gives the same tokens as the named weights without drafts."
 FELL_BACK = "fell back to plain decoding"
-DRAFTED_BY_HELP = "Share of the drafted tokens by their source: look-up in the text, and a model."
+DRAFTED_BY_HELP = "Share of the drafted tokens from look-up, and from the draft model."
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,19 @@ from reports.load import Report, Row
 from reports.tables.columns import Column, Make
 
 DECODE_HELP = (
-    "New tokens a second at batch 1, median of the repeats. Beside it: the ratio to the dense"
-    " model, paired round by round, with its 95 % interval."
+    "New tokens per second with batch size 1, median of the rounds. Below: the speed divided"
+    " by the dense model's speed in the same rounds, with its 95 % interval."
 )
-PREFILL_HELP = "Prompt tokens a second at batch 1. Beside it: the ratio to the dense model."
+PREFILL_HELP = (
+    "Prompt tokens per second with batch size 1. Below: the speed divided by the dense model's."
+)
 SAVED_HELP = (
-    "Share of the multiply-adds of the dense model's layers that is not computed: pruned, or"
-    " skipped. The cost of gates, shortcuts and kept keys and values is subtracted."
+    "Pruned or skipped share of the multiply-adds of the dense model's layers. The cost of"
+    " gates, shortcuts, keys and values is subtracted."
 )
-PAIRED_HELP = "The ratio to the dense model, paired round by round. Below it: the 95 % interval."
+PAIRED_HELP = (
+    "The speed divided by the dense model's speed in the same rounds. Below: the 95 % interval."
+)
 
 Read = Callable[[Row], SpeedNumbers | None]
 

@@ -10,8 +10,8 @@ from compose.table import Entry
 from reports.load import Report, Row
 
 VERDICT_HELP = (
-    "From 95 % intervals against the dense model, or for drafts against the same weights without"
-    " drafts: ACCEPT, TRADE-OFF, REGRESSION, or NO EVIDENCE."
+    "ACCEPT, TRADE-OFF, REGRESSION or NO EVIDENCE, from 95 % intervals. Variants are compared"
+    " with the dense model; variants with drafts, with the same weights without drafts."
 )
 
 

@@ -798,7 +798,9 @@ def test_stages_are_listed_with_a_line_each() -> None:
 def test_a_stage_is_explained_by_its_schema() -> None:
     code, out, _ = call("stages", "int4")
     assert code == 0
-    assert "  group_size: 32, 64 or 128, default 32\n      Weights that share a scale" in out
+    assert (
+        "  group_size: 32, 64 or 128, default 32\n      Number of weights that share a scale" in out
+    )
     assert "  embedding: 4, 6 or 8, or null, default 8\n" in out
     assert "  allocate.among: list of 2, 3, 4 or 8, default [2, 3, 4, 8]\n" in out
     assert "  ratio: number, above 0, below 1, required\n" in call("stages", "prune-width")[1]

@@ -38,7 +38,7 @@ Unit = tuple[int, ...]
 
 
 class PruneBranches(Pruning):
-    """Remove the branches that gates (almost) always skip at a budget."""
+    """Remove attention and MLP branches that gates skip for almost all tokens at a budget."""
 
     version: ClassVar[int] = 2
     example: ClassVar[Mapping[str, Any]] = {"budget": 0.8}
@@ -50,16 +50,17 @@ class PruneBranches(Pruning):
     """Budget at which the gates are evaluated."""
 
     share: float = Field(default=0.02, ge=0, lt=1)
-    """A branch may be removed when at most this share of tokens enters it."""
+    """A branch can be removed if it is computed for at most this share of tokens."""
 
     rise: float = Field(default=0.05, gt=0)
-    """A branch stays when removing it raises the calibration loss by more than this, in nats a
-    token. The check is needed because the first token enters every branch: it may need branches
-    that other tokens skip."""
+    """Maximum rise of the loss on calibration text when a branch is removed, in nats a token. If
+    the loss rises more, the branch stays. The first token of a text skips no branch, so it may need
+    branches that all other tokens skip."""
 
     single: Literal["zero", "keep"] = "zero"
-    """What happens to a branch whose neighbour in the layer stays. `zero` sets its output to zero,
-    and no token enters it; `keep` keeps it, and only whole layers are removed."""
+    """How to remove one branch of a layer if the other branch stays: set its output to zero and
+    never compute it (`zero`), or do not remove it (`keep`). With `keep`, only whole layers are
+    removed."""
 
     def tolerates(self, rule: str) -> bool:
         """It may come after gates, because it uses their decisions."""

@@ -49,16 +49,17 @@ class PruneHeads(Pruning):
     """Number of query heads that are removed from each layer."""
 
     take: Literal["groups", "queries"] = "groups"
-    """Which heads are removed together. `groups`: KV heads with all their query heads, which also
-    shrinks the KV cache. `queries`: the same number of query heads from every KV head."""
+    """Which heads are removed together: KV heads with all their query heads (`groups`), or the same
+    number of query heads from every KV head (`queries`). `groups` also makes the KV cache smaller.
+    """
 
     importance: Importance = "activation"
-    """How heads are ranked: by their contribution on text (`activation`), by the loss's gradient
-    there (`taylor`), or by their weights alone (`magnitude`)."""
+    """How heads are ranked: by their contribution on calibration text (`activation`), by the
+    gradient of the loss on it (`taylor`), or by their weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether output projections are re-fitted by least squares, so that the remaining heads
-    replace the removed ones. It uses all of the calibration text."""
+    replace the removed ones. The fit uses all calibration text."""
 
     def counts(self, shape: ModelShape) -> list[int]:
         """Every `count` that a plain config of this shape can state.

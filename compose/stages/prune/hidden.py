@@ -51,17 +51,17 @@ class PruneHidden(Pruning):
     """Share of the channels that is removed."""
 
     round_to: int = Field(default=64, ge=1)
-    """The remaining size is rounded down to a multiple of this, and of the number of heads where
-    the config requires it."""
+    """The remaining size is rounded down to a multiple of this number, and also of the number of
+    heads if the config requires it."""
 
     importance: Importance = "activation"
-    """How channels are ranked: by their contribution to all layers that read them on text
-    (`activation`), by the loss's gradient there (`taylor`), or by the weights alone (`magnitude`).
-    """
+    """How channels are ranked: by their contribution to all layers that read them, on calibration
+    text (`activation`), by the gradient of the loss on it (`taylor`), or by the weights alone
+    (`magnitude`)."""
 
     refit: bool = True
     """Whether layers that read the residual stream are re-fitted by least squares, so that the
-    remaining channels replace the removed ones. It uses all of the calibration text."""
+    remaining channels replace the removed ones. The fit uses all calibration text."""
 
     def kept_size(self, shape: ModelShape) -> int:
         """How many channels stay; 0 where no multiple fits.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class DropLayers(Pruning):
-    """Remove whole decoder layers: those named, or the `count` least important ones."""
+    """Remove whole decoder layers: the named layers, or the `count` least important layers."""
 
     version: ClassVar[int] = 3
     example: ClassVar[Mapping[str, Any]] = {"count": 1}
@@ -38,19 +38,19 @@ class DropLayers(Pruning):
     """The stage's name."""
 
     count: int | None = Field(default=None, ge=1)
-    """How many layers to drop, chosen by `metric`. Give either this or `layers`."""
+    """Number of layers to remove; `metric` chooses the layers. Set either `count` or `layers`."""
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Which layers to drop, counted from 0. Give either this or `count`."""
+    """Layers to remove, counted from 0. Set either `layers` or `count`."""
 
     metric: Literal["block-influence", "perplexity-greedy"] = "block-influence"
-    """How layers are chosen. By 1 - cosine between a layer's input and its output, or greedily by
-    the loss without it: after each removal all remaining layers are measured again, one pass over
-    the text for each."""
+    """How layers are chosen: by 1 - cosine between a layer's input and output (`block-influence`),
+    or one after another, by the loss without the layer (`perplexity-greedy`). `perplexity-greedy`
+    takes one pass over the text for each remaining layer, after each removal."""
 
     refit: bool = True
-    """Whether the MLP before a dropped layer is re-fitted so that it also adds that layer's
-    contribution. It uses all of the calibration text."""
+    """Whether the MLP before a removed layer is re-fitted, so that it also adds the contribution of
+    the removed layer. The fit uses all calibration text."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:

@@ -40,19 +40,19 @@ class PruneWidth(Pruning):
     """The stage's name."""
 
     ratio: float = Field(gt=0, lt=1)
-    """Share of each MLP's neurons that is removed."""
+    """Share of the neurons of each MLP that is removed."""
 
     round_to: int = Field(default=64, ge=1)
     """The remaining width is rounded down to a multiple of this."""
 
     importance: Importance = "activation"
-    """How neurons are ranked: by their contribution on text (`activation`), by the loss's gradient
-    there (`taylor`), or by their weights alone (`magnitude`)."""
+    """How neurons are ranked: by their contribution on calibration text (`activation`), by the
+    gradient of the loss on it (`taylor`), or by their weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether down projections are re-fitted by least squares, so that the remaining neurons
-    replace the removed ones. It uses all of the calibration text; tens of tokens for each neuron
-    work best."""
+    replace the removed ones. The fit uses all calibration text. It works best with tens of tokens
+    for each neuron."""
 
     def kept_width(self, width: int) -> int:
         """How many of `width` neurons stay: a multiple of `round_to`, as torch-pruning rounds.

@@ -24,10 +24,11 @@ ERROR_BLOCKS = 1  # calibration block on which the rounding is measured
 
 
 class AutoRound(Stage):
-    """Learn how the linear layers are rounded, block by block, by the auto-round library.
+    """Quantize the linear layers with the library auto-round, which learns how to round each
+    weight.
 
-    Signed gradients move each weight up or down by at most one step of the grid, and move the ends
-    of each group's range, until the block's output is closest to that of the unrounded weights.
+    Signed gradient descent moves each weight up or down by at most one step of the grid, and moves
+    the range of each group. It minimizes the error in the output of each decoder layer.
     """
 
     role: ClassVar[Role] = "quantize"
@@ -42,18 +43,20 @@ class AutoRound(Stage):
     """Bits of one weight."""
 
     group_size: Literal[32, 64, 128] = 32
-    """Weights that share a scale; must divide the inputs of every linear layer."""
+    """Number of weights that share a scale. It must divide the number of inputs of every linear
+    layer."""
 
     sym: bool = False
-    """Whether the grid is symmetric around zero. It is less exact, but stored in GPTQ's older
-    format, which more software reads: AutoGPTQ, ONNX Runtime's model builder and more kernels."""
+    """Whether the quantization grid is symmetric around zero. A symmetric grid is less exact, but
+    uses the older GPTQ format, which more programs read, such as AutoGPTQ and ONNX Runtime's model
+    builder."""
 
     iters: int = Field(default=200, ge=1)
-    """Steps of signed gradient descent for each decoder layer; 1000 is more exact and takes five
-    times as long."""
+    """Number of steps of signed gradient descent for each decoder layer. 1000 steps are more exact
+    and take five times as long as 200."""
 
     batch: int = Field(default=8, ge=1)
-    """Calibration sequences in one step."""
+    """Number of calibration sequences in one step."""
 
     @model_validator(mode="after")
     def _has_a_grid(self) -> Self:

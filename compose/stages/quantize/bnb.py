@@ -17,7 +17,7 @@ BLOCK_INPUTS = 64  # that share a scale in bitsandbytes' 4-bit formats
 
 
 class Bnb(Stage):
-    """Round the weights of the linear layers with bitsandbytes; needs no calibration."""
+    """Quantize the linear layers with bitsandbytes, without calibration text."""
 
     role: ClassVar[Role] = "quantize"
     version: ClassVar[int] = 2
@@ -28,27 +28,31 @@ class Bnb(Stage):
     """The stage's name."""
 
     format: Literal["nf4", "fp4", "int8"]
-    """`nf4`: 4 bits in blocks of 64, on a grid for normally distributed weights. `fp4`: the same on
-    a grid of 4-bit floats. `int8`: 8 bits, with outlier columns kept in 16 bits."""
+    """Weight format: 4-bit values for normally distributed weights (`nf4`), 4-bit floats (`fp4`),
+    or 8-bit integers with outlier columns in 16 bits (`int8`). `nf4` and `fp4` use blocks of 64
+    weights."""
 
     double_quant: bool = False
-    """Whether the scales of 4-bit blocks are quantized too, which saves 0.4 bits per weight."""
+    """Whether the scales of 4-bit blocks are also quantized, which saves 0.4 bits per weight."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """The type in which 4-bit weights are multiplied; when left out, the model's own type."""
+    """Data type in which 4-bit weights are multiplied. By default, the data type of the model."""
 
     threshold: float | None = Field(default=None, ge=0)
-    """Absolute value from which on `int8` treats an activation as an outlier; when left out, 6."""
+    """With `int8`, activations with a larger absolute value than this threshold are outliers. By
+    default, 6."""
 
     lm_head: bool = False
-    """Whether the LM head is packed too. A head that shares the embedding's weights cannot be."""
+    """Whether the LM head is also quantized. This is impossible if the LM head shares its weights
+    with the embedding."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not packed, by the end of their name: `down_proj`, `0.mlp.up_proj`."""
+    """Linear layers that are not quantized, by the end of their names: `down_proj`,
+    `0.mlp.up_proj`."""
 
     device_map: DeviceMap | None = None
-    """How accelerate places the layers while they are packed, as `from_pretrained` takes it. `auto`
-    fills GPUs first, then memory."""
+    """The `device_map` of `from_pretrained`, used while the layers are quantized. `auto` uses the
+    memory of GPUs first, then main memory."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -39,8 +39,8 @@ ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
 class Gptq(Stage):
-    """Quantize the linear layers one by one; each rounding error is compensated in the remaining
-    weights."""
+    """Quantize the linear layers with GPTQ: the remaining weights of a layer compensate for each
+    rounding error."""
 
     role: ClassVar[Role] = "quantize"
     on_gpu: ClassVar[bool] = True
@@ -55,39 +55,41 @@ class Gptq(Stage):
     """Bits of one weight."""
 
     group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] = 32
-    """Weights that share a scale; must divide the inputs of every linear layer. -1: a whole row."""
+    """Number of weights that share a scale. It must divide the number of inputs of every linear
+    layer. With -1, all weights of a row share a scale."""
 
     sym: bool = False
-    """Whether the grid is symmetric around zero. It is less exact, but stored in GPTQ's older
-    format, which more software reads: AutoGPTQ, ONNX Runtime's model builder and more kernels."""
+    """Whether the quantization grid is symmetric around zero. A symmetric grid is less exact, but
+    uses the older GPTQ format, which more programs read, such as AutoGPTQ and ONNX Runtime's model
+    builder."""
 
     act_order: bool = False
-    """Whether columns are quantized in order of falling activation: more exact, slower to decode.
-    """
+    """Whether columns with large activations are quantized first, which is more exact but decodes
+    more slowly."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
-    """Share of the Hessian's mean diagonal that is added to its diagonal."""
+    """Damping: this share of the mean diagonal of the Hessian is added to its diagonal."""
 
     foem: float | None = Field(default=None, gt=0, le=1)
-    """FOEM's beta, which also compensates first-order errors: how strongly a weight that earlier
-    compensation moved is drawn back to its original value. Its authors use 0.1 to 0.25. Plain GPTQ
-    when left out."""
+    """The parameter beta of FOEM, a variant of GPTQ that also compensates for first-order errors.
+    The authors of FOEM use 0.1 to 0.25. By default, plain GPTQ is used."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not packed, in every decoder layer, by the end of their name:
-    `down_proj`, `self_attn.v_proj`."""
+    """Linear layers that are not quantized, in every decoder layer, by the end of their names, such
+    as `down_proj` or `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
-    """Linear layers with other bits, by the end of their name: `{down_proj: 8}`,
-    `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip load such a folder; transformers
-    alone does not."""
+    """Linear layers with other bits, by the end of their names: `{down_proj: 8}`,
+    `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip can load such a folder, but
+    transformers without gptqmodel cannot."""
 
     lm_head: Bits | None = None
-    """Bits of the LM head; when left out it is not packed. A head that shares the embedding's
-    weights cannot be packed. As with `mixed`, transformers alone does not load such a folder."""
+    """Bits of the LM head. By default, the LM head is not quantized. Quantizing it is impossible if
+    it shares its weights with the embedding. transformers without gptqmodel cannot load a folder
+    with a quantized LM head."""
 
     batch: int = Field(default=1, ge=1)
-    """Calibration sequences that run through the model at once."""
+    """Number of calibration sequences in one batch."""
 
     @model_validator(mode="after")
     def _has_a_kernel(self) -> Self:

@@ -58,28 +58,29 @@ NO_OFFSET = 6  # bits, from which on groups have a scale alone
 
 
 class Allocate(BaseModel):
-    """The size limit under which bits are shared out over layers: one of the two fields."""
+    """Size limit for choosing the bits of each layer: set either `size_mb` or `bits_per_weight`."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     size_mb: float | None = Field(default=None, gt=0)
-    """Megabytes (10**6 bytes) of all files of the folder together."""
+    """Maximum size of all files of the folder together, in megabytes (10**6 bytes)."""
 
     bits_per_weight: float | None = Field(default=None, gt=0)
-    """Mean bits of the layers' linear weights, scales and minima included."""
+    """Maximum mean bits of the linear weights in decoder layers, including scales and minima."""
 
     among: tuple[Bits, ...] = (2, 3, 4, 8)
-    """The bits that a layer may get."""
+    """The numbers of bits to choose from."""
 
     by: Literal["measured", "gradients"] = "measured"
-    """How the KL cost of each option is found: `measured` runs a pass for each option of each
-    layer; `gradients` estimates it from the gradients of 2048 calibration tokens, in about a tenth
-    of the time and less exactly. The KL of the final choice is always measured."""
+    """How the KL of each option is determined: measured with one pass for each option of each layer
+    (`measured`), or estimated from gradients on 2048 calibration tokens (`gradients`). `gradients`
+    takes about a tenth of the time and is less exact. The KL of the final choice is always
+    measured."""
 
     blocks: int = Field(default=2, ge=1)
-    """Calibration blocks on which KL is measured."""
+    """Number of calibration blocks on which KL is measured."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -97,35 +98,39 @@ class Integers(Stage):
     """Bits of one weight."""
 
     group_size: Literal[32, 64, 128] = 32
-    """Weights that share a scale; must divide the inputs of every linear layer."""
+    """Number of weights that share a scale. It must divide the number of inputs of every linear
+    layer."""
 
     compensate: bool = True
-    """Whether rounding errors are compensated, layer after layer, on calibration text. Without it
-    each weight is rounded to the nearest value, which takes seconds."""
+    """Whether the remaining weights of a layer are adjusted to compensate for rounding errors, with
+    calibration text. With `false`, each weight is rounded to the nearest value, which takes
+    seconds."""
 
     calibrate: bool = True
-    """Whether calibration text says how much each input of a layer weighs. Without it all inputs
-    weigh alike and no text is read; `compensate` and `allocate` need it. 8 bits lose nothing by
-    that, 4 bits do."""
+    """Whether rounding is more exact for inputs that are large on calibration text. With `false`,
+    all inputs count the same and no text is read, which loses quality in 4 bits, but not in 8 bits.
+    `compensate` and `allocate` need `true`."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
-    """Share of the mean of the inputs' second moments that is added to their diagonal."""
+    """Damping: this share of the mean second moment of a layer's inputs is added to the diagonal of
+    their moment matrix."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not packed, in every decoder layer, by the end of their name:
-    `down_proj`, `self_attn.v_proj`."""
+    """Linear layers that are not quantized, in every decoder layer, by the end of their names, such
+    as `down_proj` or `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
-    """Linear layers with other bits, by the end of their name: `{down_proj: 8}`,
-    `{layers.0.self_attn.v_proj: 8}`. Groups of 6 and 8 bits have no minimum."""
+    """Linear layers with other bits, by the end of their names: `{down_proj: 8}`,
+    `{layers.0.self_attn.v_proj: 8}`. 6-bit and 8-bit groups have no
+    minimum."""
 
     allocate: Allocate | None = None
-    """Choose bits for each layer under a size limit for the whole folder: those of `among`, where
-    they lower the KL from the unrounded model most for each byte. `mixed` takes precedence."""
+    """Choose bits for each layer, from `among`, under a size limit for the whole folder. More
+    bits go to the layers where they lower the KL most for each byte. `mixed` takes precedence."""
 
     embedding: Literal[4, 6, 8] | None = 8
-    """Bits of the embedding and of the LM head, in groups of 32 without a minimum; null packs
-    neither."""
+    """Bits of the embedding and of the LM head, in groups of 32 without a minimum. With null,
+    neither is quantized."""
 
     @model_validator(mode="before")
     @classmethod
@@ -419,7 +424,7 @@ class Integers(Stage):
 
 
 class Int8(Integers):
-    """Round to 8 bits without minima, as GGUF's Q8_0 does."""
+    """Round weights to 8-bit integers with a scale for each group, as GGUF's Q8_0 does."""
 
     bits: ClassVar[Bits] = 8
 
@@ -448,16 +453,16 @@ class WithOffset(Integers):
     version: ClassVar[int] = 6
 
     offset: Literal["real", "integer"] = "real"
-    """The offset of a group beside its scale: `real` is a minimum, as in GGUF's Q4_1; `integer` is
-    an integer zero point, which the GPTQ format needs. With `integer` the folder is written as
-    GPTQ, which gptqmodel, vLLM and transformers read: value projections get the bits of the other
-    layers, and embedding and LM head are not packed."""
+    """The offset of each group: a minimum, as in GGUF's Q4_1 (`real`), or an integer zero point, as
+    in the GPTQ format (`integer`). With `integer`, the folder has the GPTQ format, which gptqmodel,
+    vLLM and transformers read. Value projections then get the bits of the other layers, and
+    embedding and LM head are not quantized."""
 
     values: Bits | None = 8
     """Bits of the value projections (`v_proj`), which are 3 % of SmolLM2's weights and cause a
-    quarter of the KL at 4 bits; null gives them the bits of the other layers. `mixed` and `skip`
-    take precedence. When left out, `allocate` chooses. It has no effect on families that fuse
-    queries, keys and values into one layer (phi3, gpt_neox)."""
+    quarter of the KL at 4 bits. With null, they get the bits of the other layers. With `allocate`,
+    their bits are chosen unless `values` is set. `mixed` and `skip` take precedence. The setting
+    has no effect on families that fuse queries, keys and values into one layer (phi3, gpt_neox)."""
 
     @model_validator(mode="after")
     def _fits_its_format(self) -> Self:
@@ -497,7 +502,7 @@ class WithOffset(Integers):
 
 
 class Int4(WithOffset):
-    """Round to 4 bits."""
+    """Round weights to 4-bit integers with a scale and an offset for each group."""
 
     bits: ClassVar[Bits] = 4
 
@@ -506,7 +511,7 @@ class Int4(WithOffset):
 
 
 class Int3(WithOffset):
-    """Round to 3 bits."""
+    """Round weights to 3-bit integers with a scale and an offset for each group."""
 
     bits: ClassVar[Bits] = 3
 
@@ -515,7 +520,7 @@ class Int3(WithOffset):
 
 
 class Int2(WithOffset):
-    """Round to 2 bits."""
+    """Round weights to 2-bit integers with a scale and an offset for each group."""
 
     bits: ClassVar[Bits] = 2
 

@@ -22,58 +22,72 @@ def bench(
         typer.Option(
             "--system",
             metavar="SYSTEM",
-            help="A way to decode the folders; plain by default. The others are skip:BUDGET and"
-            " draft:BUDGET. draft takes +auto, +int4, +int3, +int2, +nf4, +int4-head, +learned,"
-            " +lookup, +LENGTH and +verifyBUDGET. skip and draft take +promptBUDGET, a budget for"
-            " prompts. Each takes +int8-kv (keys and values in 8 bits) and a backend in front, as"
-            " in gathered:plain. All are compared with the first folder and system.",
+            help="How the folders are decoded: plain (the default), skip:BUDGET or draft:BUDGET."
+            " draft can have the suffixes +auto, +int4, +int3, +int2, +nf4, +int4-head, +learned,"
+            " +lookup, +LENGTH and +verifyBUDGET. skip and draft can have +promptBUDGET, a budget"
+            " for"
+            " prefill. Every system can have +int8-kv (KV cache in 8 bits), and a backend before"
+            " it,"
+            " as in gathered:plain. The first folder and system are the baseline.",
         ),
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PEER",
-            help="Another engine on the first folder: llama.cpp:q4_k_m, openvino:int4,"
+            help="Also measure another engine with the first folder: llama.cpp:q4_k_m,"
+            " openvino:int4,"
             " onnxruntime:int4, transformers, transformers:compiled, ...",
         ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(metavar="ROWS", min=1, help="Rows that decode together; 1 by default."),
+        typer.Option(
+            metavar="ROWS", min=1, help="Batch size: texts that are decoded together; 1 by default."
+        ),
     ] = None,
     prompt_tokens: Annotated[
         list[int] | None,
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Tokens of the prompt, 128 by default; further lengths are measured with one row.",
+            help="Length of the prompt in tokens, 128 by default; further lengths are measured"
+            " with a"
+            " batch size of 1.",
         ),
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="PROMPTS", help="Prompts by category: an alias or a JSON Lines file."),
+        typer.Option(
+            metavar="PROMPTS", help="Prompts with categories: an alias or a JSON Lines file."
+        ),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Prompts of each category in a round; each round has new ones.",
+            help="Prompts of each category in one round; each round uses other prompts.",
         ),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(metavar="COUNT", min=2, help="Tokens that are decoded in one turn.")
+        int, typer.Option(metavar="COUNT", min=2, help="Tokens that are decoded after each prompt.")
     ] = 128,
     repeats: Annotated[
-        int, typer.Option(metavar="COUNT", min=1, help="Rounds, in which all systems take turns.")
+        int,
+        typer.Option(metavar="COUNT", min=1, help="Rounds; all systems take turns in each round."),
     ] = 5,
     min_seconds: Annotated[
         float,
-        typer.Option(metavar="SECONDS", min=0, help="Seconds that each system decodes in a round."),
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="Minimum decoding time of each system in a round, in seconds.",
+        ),
     ] = 2.0,
     temperature: Annotated[
         float,
-        typer.Option(metavar="NUMBER", min=0.0, help="Sample at this temperature; 0 is greedy."),
+        typer.Option(metavar="NUMBER", min=0.0, help="Sampling temperature; 0 decodes greedily."),
     ] = 0.0,
     top_p: Annotated[
         float,
@@ -81,24 +95,26 @@ def bench(
             metavar="SHARE",
             min=0.01,
             max=1.0,
-            help="Sample from the tokens of this probability mass.",
+            help="Sample from the most likely tokens that together have this probability.",
         ),
     ] = 1.0,
     one_process: Annotated[
         bool,
         typer.Option(
             show_default=False,
-            help="Time all folders in one process, so that no process is faster by chance.",
+            help="Time all folders in one process, because two equal processes can differ in"
+            " speed.",
         ),
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(metavar="COUNT", min=1, help="Threads; all cores by default.")
+        int | None,
+        typer.Option(metavar="COUNT", min=1, help="Number of threads; by default, one per core."),
     ] = None,
     quality: Annotated[
         bool,
         typer.Option(
             show_default=False,
-            help="Also score perplexity, KL and tasks.",
+            help="Also measure perplexity, KL and task scores.",
             rich_help_panel=QUALITY,
         ),
     ] = False,
@@ -106,34 +122,47 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Text on which perplexity is measured; of several, the first that is available.",
+            help="Text for perplexity and KL; if given several times, the first available text is"
+            " used.",
             rich_help_panel=QUALITY,
         ),
     ] = None,
     tokens: Annotated[
         int,
-        typer.Option(metavar="COUNT", min=2, help="Tokens of that text.", rich_help_panel=QUALITY),
+        typer.Option(
+            metavar="COUNT",
+            min=2,
+            help="Number of tokens for perplexity and KL.",
+            rich_help_panel=QUALITY,
+        ),
     ] = 8192,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK", help="A task to score.", rich_help_panel=QUALITY),
+        typer.Option(
+            metavar="TASK",
+            help="A task to score; can be given several times.",
+            rich_help_panel=QUALITY,
+        ),
     ] = None,
     questions: Annotated[
         int,
         typer.Option(
-            metavar="COUNT", min=1, help="Questions of each task.", rich_help_panel=QUALITY
+            metavar="COUNT",
+            min=1,
+            help="Number of questions of each task.",
+            rich_help_panel=QUALITY,
         ),
     ] = 500,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The name of the run; bench-FOLDER by default."),
+        typer.Option(metavar="NAME", help="Name of the run; bench-FOLDER by default."),
     ] = None,
     keep_blocks: KeepBlocks = False,
     out: Out = Path("runs"),
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
-    """Measure models, ways to decode them and other engines side by side."""
+    """Measure and compare models, ways of decoding and other engines."""
     from compose.assets import default_cache
     from compose.planning.bench_plan import bench_plan, default_name
     from compose.processes.executors import make_executor

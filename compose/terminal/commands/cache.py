@@ -19,13 +19,15 @@ from compose.terminal.shown import shown
 from compose.terminal.table import rich_table
 
 cache = typer.Typer(
-    cls=Group, help="List, check and remove the stored model folders of runs.", no_args_is_help=True
+    cls=Group,
+    help="List, check and remove model folders that runs have stored.",
+    no_args_is_help=True,
 )
 
 
 @cache.command("list", cls=Command)
 def list_entries(out: Out = Path("runs"), as_json: AsJson = False) -> None:
-    """Show every stored step: its stages, its size, and the runs that use it."""
+    """List the stored model folders with their stages, size and the runs that use them."""
     entries = stored.entries(out)
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
@@ -46,14 +48,14 @@ def list_entries(out: Out = Path("runs"), as_json: AsJson = False) -> None:
 def prune(
     out: Out = Path("runs"),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the steps that would be removed, and keep them.")
+        bool, typer.Option("--dry-run", help="Only list the folders that would be removed.")
     ] = False,
 ) -> None:
-    """Remove the steps that no run in the folder uses, and files of unfinished steps."""
+    """Remove stored model folders that no run uses, and unfinished model folders."""
     freed = 0
     for entry in stored.prunable(out):
         if not dry_run and not stored.remove(out, entry):
-            typer.echo(f"{entry.key} stays: a run is at work on it")
+            typer.echo(f"{entry.key} stays: a run is using it")
             continue
         freed += entry.size
         typer.echo(f"{entry.key} {bytes_text(entry.size)}")
@@ -63,7 +65,7 @@ def prune(
 
 @cache.command(cls=Command)
 def verify(out: Out = Path("runs")) -> None:
-    """Compare every stored file with its hash; exit with 1 where one differs."""
+    """Compare every stored file with its hash; the exit code is 1 if a file is damaged."""
     console, worst = Console(), 0
     for entry, damage in stored.damaged(out):
         if damage is not None:
@@ -72,7 +74,7 @@ def verify(out: Out = Path("runs")) -> None:
         elif stored.hashed(out, entry):
             line = f"[green]✓[/] {entry.key} {shown(_chain(entry))}"
         else:
-            line = f"[yellow]![/] {entry.key} has sizes alone: it is of an older version"
+            line = f"[yellow]![/] {entry.key} has no hashes, because an older version made it"
         console.print(line, highlight=False, soft_wrap=True)
     raise typer.Exit(worst)
 

@@ -15,38 +15,46 @@ def compress(
     model: Annotated[
         str, typer.Argument(help="An alias, a hub id, a folder or a GGUF file.", metavar="MODEL")
     ],
-    to: Annotated[Path, typer.Option(help="The folder to export to.", metavar="DIR")],
+    to: Annotated[Path, typer.Option(help="The folder for the compressed model.", metavar="DIR")],
     bits: Annotated[
         int | None,
-        typer.Option(metavar="BITS", help="Bits of a weight: 8, 4 or 3. By default 8 and 4."),
+        typer.Option(
+            metavar="BITS", help="Bits per weight: 8, 4 or 3. By default, 8 and 4 are tried."
+        ),
     ] = None,
     at_most_mb: AtMostMb = None,
     at_most_kl: AtMostKl = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Round without text: faster, and more is lost.")
+        bool,
+        typer.Option(
+            "--quick", help="Round without calibration text: takes minutes, loses more quality."
+        ),
     ] = False,
     best: Annotated[
-        bool, typer.Option("--best", help="Train the rounded weights: slower, and less is lost.")
+        bool,
+        typer.Option(
+            "--best", help="Train the rounded weights: takes up to hours, loses less quality."
+        ),
     ] = False,
     drafts: Annotated[
-        bool, typer.Option(help="Try decoding with drafts, which never change a token.")
+        bool, typer.Option(help="Also try decoding with drafts, which do not change the text.")
     ] = True,
     gguf: Annotated[
-        bool, typer.Option("--gguf", help="Also write DIR.gguf, for llama.cpp.")
+        bool, typer.Option("--gguf", help="Also write the file DIR.gguf for llama.cpp.")
     ] = False,
     compressed_tensors: Annotated[
         bool,
         typer.Option(
-            "--compressed-tensors", help="Also write DIR-compressed-tensors, a folder for vLLM."
+            "--compressed-tensors", help="Also write the folder DIR-compressed-tensors for vLLM."
         ),
     ] = False,
     out: Out = Path("runs"),
     workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make a model smaller and faster, and show what it cost.
+    """Make a model smaller and faster, and show the cost in quality.
 
-    Without a bound the fastest variant is exported of which no loss of quality is shown.
+    By default, the result is the fastest variant without a measured loss of quality.
     """
     from compose.recipes.compress import source_of
     from compose.recipes.recipe import Request, effort_of

@@ -22,10 +22,11 @@ def stages(
         typer.Argument(metavar="STAGE", help="The stage to explain.", autocompletion=_stage_names),
     ] = None,
     rules: Annotated[
-        bool, typer.Option("--rules", help="Print which stage may follow which, as a table.")
+        bool,
+        typer.Option("--rules", help="Print a table of the stages that may follow each stage."),
     ] = False,
 ) -> None:
-    """List the stages of pipeline files, or explain the settings of one."""
+    """List the stages of pipeline files, or explain the settings of one stage."""
     from compose.planning.composition import as_markdown
     from compose.terminal.stages import stage_list, stage_text
 
@@ -36,14 +37,14 @@ def stages(
 
 
 def schema() -> None:
-    """Print the language of pipeline files as JSON Schema, for editors."""
+    """Print a JSON Schema, with which an editor can check pipeline files."""
     from compose.language.parse import to_json_schema
 
     typer.echo(json.dumps(to_json_schema(), indent=2))
 
 
 def doctor() -> None:
-    """Show what can run on this machine, what is missing, and how to install it."""
+    """List the tools and libraries that this machine has or lacks, and how to install them."""
     from compose.terminal.doctor import examine
     from compose.terminal.show import print_findings
 

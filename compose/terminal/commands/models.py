@@ -49,7 +49,9 @@ def chat(
 
 def generate(
     folder: ModelFolder,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question or task.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The question or instruction for the model.")
+    ],
     max_new_tokens: MaxNewTokens = 128,
     budget: Budget = None,
     speculate: Speculate = None,
@@ -58,9 +60,12 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End the answer at this text.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Stop the answer when this text appears."),
     ] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Also print speed and counts.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Also print the speed and the numbers of tokens.")
+    ] = False,
     keep_blocks: KeepBlocks = False,
 ) -> None:
     """Answer one prompt with a model."""
@@ -94,7 +99,8 @@ def generate(
 def insight(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model folder with gates.")],
     text: Annotated[
-        str, typer.Option(metavar="TEXT", help="The text to show; @FILE reads it from a file.")
+        str,
+        typer.Option(metavar="TEXT", help="The text to analyse; @FILE reads the text from a file."),
     ],
     budget: Annotated[
         float | None,
@@ -102,15 +108,16 @@ def insight(
             metavar="SHARE",
             min=0.0,
             max=1.0,
-            help="Compute this share of the branches and skip the rest; 0.8 by default.",
+            help="Share of the attention and MLP compute that is not skipped; 0.8 by default.",
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the colours as a page.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the coloured text to an HTML file."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Colour the tokens of a text by the share of compute that each gets."""
+    """Colour each token of a text by the share of attention and MLP branches that it computes."""
     from compose.contract import InsightJob
     from compose.processes.worker_process import ask_once
     from compose.store import require_writable, write_text
@@ -134,24 +141,29 @@ def tune_draft(
     ],
     prompts: Annotated[
         str,
-        typer.Option(metavar="PROMPTS", help="Prompts like yours: an alias, or a JSON Lines file."),
+        typer.Option(
+            metavar="PROMPTS", help="Prompts to time drafts with: an alias or a JSON Lines file."
+        ),
     ] = "prompts",
     limit: Annotated[
-        int | None, typer.Option(metavar="COUNT", min=1, help="Prompts of each category.")
+        int | None, typer.Option(metavar="COUNT", min=1, help="Number of prompts of each category.")
     ] = 1,
     new_tokens: Annotated[
-        int, typer.Option(metavar="COUNT", min=2, help="Tokens that are decoded after a prompt.")
+        int, typer.Option(metavar="COUNT", min=2, help="Tokens that are decoded after each prompt.")
     ] = 64,
     repeats: Annotated[
-        int, typer.Option(metavar="COUNT", min=1, help="Rounds of the final comparison.")
+        int, typer.Option(metavar="COUNT", min=1, help="Rounds of timing in the final comparison.")
     ] = 5,
     write: Annotated[
         bool,
-        typer.Option(help="Store the best draft in the folder; on by default.", show_default=False),
+        typer.Option(
+            help="Store the fastest draft in the folder as its default; on by default.",
+            show_default=False,
+        ),
     ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Find the draft that decodes a folder fastest, and make it the folder's default."""
+    """Time the drafts for a model folder, and store the fastest as the folder's default."""
     from compose.contract import TuneJob
     from compose.terminal.live.progress import ask_shown
     from compose.terminal.show import print_tuned

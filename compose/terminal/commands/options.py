@@ -42,18 +42,25 @@ ModelFolder = Annotated[
     Path, typer.Argument(help="A model folder, or a GGUF file.", metavar="FOLDER")
 ]
 Out = Annotated[
-    Path, typer.Option(metavar="FOLDER", help="The folder that holds runs and model folders.")
+    Path,
+    typer.Option(
+        metavar="FOLDER", help="The folder for results and for the model folders that are made."
+    ),
 ]
 ExecutorName = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="Where work runs: local or ray.", autocompletion=words("local", "ray")
+        metavar="NAME",
+        help="Where processes run: local or ray.",
+        autocompletion=words("local", "ray"),
     ),
 ]
 Workers = Annotated[
     int | None,
     typer.Option(
-        metavar="COUNT", min=1, help="Steps and cells at the same time; 1 gives each all cores."
+        metavar="COUNT",
+        min=1,
+        help="Number of processes at the same time; with 1, each process uses all cores.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only failures and the result.")]
@@ -61,40 +68,49 @@ AsEvents = Annotated[
     bool,
     typer.Option(
         "--json-lines",
-        help="Print events as JSON, one a line (docs/progress.md); text goes to stderr.",
+        help="Print progress events as JSON, one event per line (docs/progress.md); other text"
+        " goes to"
+        " stderr.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 KeepBlocks = Annotated[
     bool,
-    typer.Option("--keep-blocks", help="Run a GGUF file's Q4_0, Q4_1 and Q8_0 blocks as they are."),
+    typer.Option(
+        "--keep-blocks",
+        help="Use the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file without dequantizing them.",
+    ),
 ]
 
 # --- Bounds and aims: `pick`, `export`, `search` -------------------------------------------------
 
 AtMostKl = Annotated[
     float | None,
-    typer.Option(metavar="NATS", help="Bound the KL divergence to the baseline, in nats a token."),
+    typer.Option(
+        metavar="NATS", help="Maximum KL divergence from the baseline, in nats per token."
+    ),
 ]
 AtMostPerplexityRatio = Annotated[
     float | None,
-    typer.Option(metavar="RATIO", help="Bound the perplexity, divided by the baseline's."),
+    typer.Option(
+        metavar="RATIO", help="Maximum perplexity, divided by the perplexity of the baseline."
+    ),
 ]
 AtMostMb = Annotated[
     float | None,
-    typer.Option(metavar="MB", help="Bound the size of the weight files, in megabytes."),
+    typer.Option(metavar="MB", help="Maximum size of the weight files, in megabytes."),
 ]
 MinRetained = Annotated[
     float | None,
     typer.Option(
-        metavar="SHARE", help="Keep at least this share of the baseline's quality, 0 to 1."
+        metavar="SHARE", help="Minimum task score, divided by the score of the baseline (0 to 1)."
     ),
 ]
 
 # --- Answers: `chat`, `generate`, `insight` ------------------------------------------------------
 
 MaxNewTokens = Annotated[
-    int, typer.Option(metavar="COUNT", min=1, help="Stop an answer after this many tokens.")
+    int, typer.Option(metavar="COUNT", min=1, help="Maximum number of tokens in an answer.")
 ]
 Budget = Annotated[
     float | None,
@@ -102,24 +118,32 @@ Budget = Annotated[
         metavar="SHARE",
         min=0.0,
         max=1.0,
-        help="Compute this share of the branches and skip the rest; the folder needs gates.",
+        help="Share of the attention and MLP compute that is not skipped; needs a folder with"
+        " gates.",
     ),
 ]
 Speculate = Annotated[
     bool | None,
-    typer.Option(help="Draft tokens and verify them, or do not; by default as the folder says."),
+    typer.Option(help="Decode with or without drafts; the folder sets the default."),
 ]
 Temperature = Annotated[
-    float, typer.Option(metavar="NUMBER", min=0.0, help="Sample at this temperature; 0 is greedy.")
+    float, typer.Option(metavar="NUMBER", min=0.0, help="Sampling temperature; 0 decodes greedily.")
 ]
 TopK = Annotated[
     int,
-    typer.Option(metavar="COUNT", min=0, help="Sample from the k most likely tokens; 0 is all."),
+    typer.Option(
+        metavar="COUNT",
+        min=0,
+        help="Sample from this number of most likely tokens; 0 means all tokens.",
+    ),
 ]
 TopP = Annotated[
     float,
     typer.Option(
-        metavar="SHARE", min=0.01, max=1.0, help="Sample from the tokens of this probability mass."
+        metavar="SHARE",
+        min=0.01,
+        max=1.0,
+        help="Sample from the most likely tokens that together have this probability.",
     ),
 ]
-Seed = Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Seed the sampling.")]
+Seed = Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Seed for sampling.")]

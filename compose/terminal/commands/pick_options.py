@@ -30,7 +30,7 @@ class PickOptions:
     at_most_mb: AtMostMb = None
     at_most_memory_mb: Annotated[
         float | None,
-        typer.Option(metavar="MB", help="Bound the memory of the weights, in megabytes."),
+        typer.Option(metavar="MB", help="Maximum memory of the loaded weights, in megabytes."),
     ] = None
     at_most_perplexity_ratio: AtMostPerplexityRatio = None
     min_retained: MinRetained = None
@@ -38,8 +38,8 @@ class PickOptions:
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Pick the cell with the most of: decode (the default), prefill, retained,"
-            " accuracy, agreement or saved.",
+            help="Metric to maximize: decode (the default), prefill, retained, accuracy,"
+            " agreement or saved.",
             autocompletion=words("decode", "prefill", "retained", "accuracy", "agreement", "saved"),
         ),
     ] = None
@@ -47,7 +47,7 @@ class PickOptions:
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Pick the cell with the least of: size, kl, perplexity, resident, peak or ttft.",
+            help="Metric to minimize: size, kl, perplexity, resident, peak or ttft.",
             autocompletion=words("size", "kl", "perplexity", "resident", "peak", "ttft"),
         ),
     ] = None
@@ -55,14 +55,14 @@ class PickOptions:
         bool,
         typer.Option(
             "--by-estimate",
-            help="Compare bounds on quality with estimates, not with the worse end of their 95 %"
-            " intervals.",
+            help="Compare bounds on quality with the estimates, not with the worse ends of the"
+            " 95 % intervals.",
         ),
     ] = False
     require_lossless: Annotated[
         bool,
         typer.Option(
-            help="Leave out cells whose speculation was not proven lossless; on by default.",
+            help="Leave out variants whose drafts are not shown to be lossless; on by default.",
             show_default=False,
         ),
     ] = True

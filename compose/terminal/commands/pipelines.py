@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 def new(
-    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="The pipeline file to write.", metavar="FILE")],
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="An alias, a hub id, a folder or a GGUF file.")
     ],
 ) -> None:
-    """Write a pipeline file for a model, with a comment on each line."""
+    """Write a pipeline file for a model, with an explanation of each line."""
     from compose.planning.new_file import write_new_file
 
     write_new_file(file, model)
@@ -46,7 +46,7 @@ def new(
 
 
 def validate(file: PipelineFile) -> None:
-    """Check a pipeline file and show the first mistake with its line."""
+    """Check a pipeline file, and show the first mistake with its line."""
     from compose.assets import default_cache
     from compose.planning.prepare import load_plan
     from compose.terminal.show import default_matrix_text, plan_counts
@@ -64,11 +64,11 @@ def plan(
     estimate: Annotated[
         bool,
         typer.Option(
-            "--estimate", help="Show time, memory and disk, estimated from records of this machine."
+            "--estimate", help="Estimate time, memory and disk from earlier runs on this machine."
         ),
     ] = False,
 ) -> None:
-    """Show the steps and cells of a pipeline file, and which of them are cached."""
+    """Show the model folders (steps) and variants (cells) that a run of a file would make."""
     from compose.assets import default_cache
     from compose.outputs.run_folder import RunFolder
     from compose.planning.prepare import load_plan, model_shape
@@ -102,14 +102,20 @@ def run(
     executor: ExecutorName = "local",
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="CELL", help="Measure this cell and the cells it is compared with."),
+        typer.Option(
+            metavar="CELL",
+            help="Measure only this variant, and the variants that it is compared with.",
+        ),
     ] = None,
     again: Annotated[
-        bool, typer.Option("--again", help="Measure every cell again; model folders stay.")
+        bool, typer.Option("--again", help="Measure all variants again; model folders are reused.")
     ] = False,
     retry_failed: Annotated[
         bool,
-        typer.Option("--retry-failed", help="Try again what crashed, hung or hit a limit before."),
+        typer.Option(
+            "--retry-failed",
+            help="Retry steps and variants that crashed, hung or hit a limit in an earlier run.",
+        ),
     ] = False,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -120,11 +126,12 @@ def run(
     mirror: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="Fetch finished steps from this URL, and send new ones to it."
+            metavar="URL",
+            help="Download finished model folders from this URL, and upload new ones.",
         ),
     ] = None,
 ) -> None:
-    """Make and measure every cell (a combination of stages) of a pipeline file."""
+    """Make and measure all variants (cells: combinations of stages) of a pipeline file."""
     from compose.assets import default_cache
     from compose.mirror import Mirror
     from compose.planning.prepare import load_plan
@@ -152,7 +159,7 @@ def search(
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Find the chain with the most of: decode or prefill.",
+            help="Metric to maximize: decode or prefill.",
             autocompletion=words("decode", "prefill"),
         ),
     ] = None,
@@ -160,13 +167,15 @@ def search(
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Find the chain with the least of: size, kl or perplexity.",
+            help="Metric to minimize: size, kl or perplexity.",
             autocompletion=words("size", "kl", "perplexity"),
         ),
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(metavar="MINUTES", min=0, help="Propose chains for this long, then finish."),
+        typer.Option(
+            metavar="MINUTES", min=0, help="Propose no new chains after this time, in minutes."
+        ),
     ] = None,
     out: Out = Path("runs"),
     executor: ExecutorName = "local",
@@ -174,7 +183,7 @@ def search(
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
-    """Find the chain of stages that is best in one metric within bounds (docs/search.md)."""
+    """Find the best chain of stages for one metric within bounds (docs/search.md)."""
     from compose.language.parse import load_pipeline
     from compose.processes.executors import make_executor
     from compose.search.target import make_target

@@ -20,8 +20,9 @@ GgufType = Annotated[
     typer.Option(
         "--type",
         metavar="TYPE",
-        help="The type of floats in a GGUF file: f32, f16 (the default), bf16, q8_0, q4_1 or q4_0;"
-        " integers stay as they are.",
+        help="Type of unquantized weights in a GGUF file: f32, f16 (the default), bf16, q8_0, q4_1"
+        " or"
+        " q4_0. Integer weights are copied.",
         autocompletion=words("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0"),
     ),
 ]
@@ -31,17 +32,18 @@ def report(
     run_dirs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN_DIR", help="The folder of a run; further runs are compared with the first."
+            metavar="RUN_DIR",
+            help="The folder of a run; other runs are compared with the first run.",
         ),
     ],
     fail_on_regression: Annotated[
         bool,
         typer.Option(
-            "--fail-on-regression", help="Exit with 1 where a number became worse beyond chance."
+            "--fail-on-regression", help="Exit with code 1 if a number got significantly worse."
         ),
     ] = False,
 ) -> None:
-    """Draw the report of a run again, or compare runs."""
+    """Write the report of a run again, or compare runs."""
     from compose.terminal.reports import compare_and_tell, draw
 
     for run_dir in run_dirs:
@@ -52,7 +54,7 @@ def report(
 
 @with_pick_options
 def pick(run_dir: RunDir, *, options: PickOptions, as_json: AsJson = False) -> None:
-    """Show the best cell of a run within bounds."""
+    """Show the best variant (cell) of a run within bounds."""
     from compose.terminal.show import cell_json, cell_text
 
     results = _results_of(run_dir)
@@ -75,7 +77,7 @@ def export(
     ],
     to: Annotated[
         Path,
-        typer.Option(metavar="PATH", help="The folder to fill, or for gguf the file to write."),
+        typer.Option(metavar="PATH", help="The folder to write, or the file to write for gguf."),
     ],
     *,
     output_format: Annotated[
@@ -83,22 +85,29 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="hf (transformers), gguf (llama.cpp) or compressed-tensors (vLLM).",
+            help="Output format: hf (transformers), gguf (llama.cpp) or compressed-tensors (vLLM).",
             autocompletion=words("hf", "gguf", "compressed-tensors"),
         ),
     ] = "hf",
     kind: GgufType = None,
     cell: Annotated[
         str | None,
-        typer.Option(metavar="CELL", help="Export this cell; without it, the best one is picked."),
+        typer.Option(
+            metavar="CELL",
+            help="The variant to export; by default, the best variant within the bounds.",
+        ),
     ] = None,
     options: PickOptions,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Also compare 32 tokens of an hf folder with its source's."),
+        typer.Option(
+            "--verify",
+            help="Also decode 32 tokens with the hf folder and compare them with those of the"
+            " source.",
+        ),
     ] = False,
 ) -> None:
-    """Write a cell of a run, or a model folder, for transformers, llama.cpp or vLLM."""
+    """Write a variant of a run, or a model folder, for transformers, llama.cpp or vLLM."""
     from compose.terminal.export import (
         convert,
         export_cell_as,
@@ -124,7 +133,7 @@ def gguf(
     to: Annotated[Path, typer.Option(metavar="FILE.gguf", help="The file to write.")],
     kind: GgufType = None,
 ) -> None:
-    """Do as `gateskip export FOLDER --format gguf` does."""
+    """Old name of `gateskip export FOLDER --format gguf`."""
     from compose.terminal.export import convert
 
     typer.echo(convert(folder, to, "gguf", kind))
@@ -134,12 +143,12 @@ def compressed_tensors(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="A model folder packed by int4, int8, gptq or autoround."
+            metavar="FOLDER", help="A model folder quantized by int4, int8, gptq or autoround."
         ),
     ],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to make.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.")],
 ) -> None:
-    """Do as `gateskip export FOLDER --format compressed-tensors` does."""
+    """Old name of `gateskip export FOLDER --format compressed-tensors`."""
     from compose.terminal.export import convert
 
     typer.echo(convert(folder, to, "compressed-tensors", None))

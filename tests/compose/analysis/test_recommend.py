@@ -66,7 +66,7 @@ def test_what_was_not_measured_is_not_mentioned() -> None:
     bare = run_of({}, cell={"size": None}, fast={"speed": FASTER, "size": None})
     assert said(bare) == "its quality was not measured."
     assert said(bare, "fast") == "4.4x as fast; its quality was not measured."
-    assert said(bare, "dense") == "The model that the others are compared with."
+    assert said(bare, "dense") == "The original model, with which the variants are compared."
     failed = bare.cell("cell").model_copy(update={"status": "failed", "reason": "It ended."})
     assert sentence(bare, failed) == "It was not measured: It ended."
     small = run_of({}, cell={"size": SMALLER, "quality": {"kl_to_baseline": 0.0213}})

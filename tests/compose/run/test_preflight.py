@@ -54,7 +54,7 @@ def quality(**fields: Any) -> dict[str, Any]:
 
 def test_a_text_of_the_hub_without_a_hub(tmp_path: Path) -> None:
     ready = found(tmp_path, benchmark=quality(perplexity="wikitext2"))
-    assert "data 'wikitext2' cannot be had here" in said(ready)
+    assert "data 'wikitext2' is not available here" in said(ready)
     assert "fix: go online once" in said(ready)
     assert ready.to_fetch.texts == ()
 
@@ -73,7 +73,7 @@ def test_a_text_that_stages_read(tmp_path: Path) -> None:
     data = {"calibration": {"source": "nobody/nothing"}, "train": {"mix": {"sums": 1, "quotes": 1}}}
     chains = {"small": ("int4",), "gated": ("gates",)}
     ready = found(tmp_path, stages=stages, data=data, pipelines=chains)
-    assert said(ready).count("data 'nobody/nothing' cannot be had") == 1
+    assert said(ready).count("data 'nobody/nothing' is not available") == 1
     assert ready.to_fetch.texts == (("quotes",),)
     unread = found(tmp_path, stages=stages, data=data)
     assert unread.missing == (), "no chain has these stages"
@@ -114,7 +114,7 @@ def test_a_task_that_is_here_is_not_fetched(
 
 def test_a_model_of_the_hub_without_a_hub(tmp_path: Path) -> None:
     ready = found(tmp_path, model={"source": "nobody/nothing"})
-    assert "model 'nobody/nothing' cannot be had here" in said(ready)
+    assert "model 'nobody/nothing' is not available here" in said(ready)
     alias = found(tmp_path)
     assert alias.missing == () and alias.to_fetch.model == "smollm2-135m-instruct"
 
@@ -208,7 +208,7 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everything_comes_in_one_list(tmp_path: Path) -> None:
     """What a worker could not fetch stands beside what was missing before; nothing is computed."""
     script = Script()
-    script.lacking = [("task 'arc_easy' cannot be had here", "go online once")]
+    script.lacking = [("task 'arc_easy' is not available here", "go online once")]
     plan = make_plan(
         small(
             data={"calibration": {"source": "nobody/nothing"}},
@@ -220,9 +220,9 @@ def test_everything_comes_in_one_list(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
     lines = str(caught.value).splitlines()
     assert lines[0] == "the run cannot start, 2 things are missing:"
-    assert lines[1].startswith("  data 'nobody/nothing' cannot be had here")
+    assert lines[1].startswith("  data 'nobody/nothing' is not available here")
     assert lines[2].startswith("    fix: go online once")
-    assert lines[3:] == ["  task 'arc_easy' cannot be had here", "    fix: go online once"]
+    assert lines[3:] == ["  task 'arc_easy' is not available here", "    fix: go online once"]
     assert script.log == [], "neither a step nor a cell has begun"
     assert script.live == 0 and not (tmp_path / "small" / "plan.json").exists()
 
@@ -261,7 +261,7 @@ def test_what_a_worker_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     told: list[str] = []
     lacking = fetched(job, lambda done, total, phase, **_: told.append(phase))
-    assert [what.partition(" cannot")[0] for what, _ in lacking] == [
+    assert [what.partition(" is not")[0] for what, _ in lacking] == [
         "data 'nobody/third'",
         "model 'nobody/nothing'",
     ]
@@ -298,8 +298,8 @@ def test_the_command_ends_with_2_before_the_first_step(file: Path, tmp_path: Pat
     done = CliRunner().invoke(app, ["run", str(file), "--out", str(tmp_path / "runs")])
     assert done.exit_code == 2, done.output
     assert "error: the run cannot start, 2 things are missing:" in done.output
-    assert "data 'nobody/nothing' cannot be had" in done.output
-    assert "data 'nobody/other' cannot be had" in done.output
+    assert "data 'nobody/nothing' is not available" in done.output
+    assert "data 'nobody/other' is not available" in done.output
     assert not (tmp_path / "runs" / "store").exists()
 
 
@@ -309,7 +309,7 @@ def test_a_plan_shows_what_is_missing(file: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "the run cannot start, 2 things are missing:" in done.output
     state = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
-    assert [lacking["what"].partition(" cannot")[0] for lacking in state["missing"]] == [
+    assert [lacking["what"].partition(" is not")[0] for lacking in state["missing"]] == [
         "data 'nobody/nothing'",
         "data 'nobody/other'",
     ]
@@ -339,4 +339,4 @@ def test_a_bench_ends_before_it_loads(tiny_llama: Path, tmp_path: Path) -> None:
     arguments += ["--prompts", "prompts", "--out", str(tmp_path / "runs")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2, done.output
-    assert "the run cannot start: data 'nobody/nothing' cannot be had here" in done.output
+    assert "the run cannot start: data 'nobody/nothing' is not available here" in done.output
