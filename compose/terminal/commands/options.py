@@ -67,7 +67,16 @@ AsEvents = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeepBlocks = Annotated[
     bool,
-    typer.Option("--keep-blocks", help="Run a GGUF file's Q4_0, Q4_1 and Q8_0 blocks as they are."),
+    typer.Option("--keep-blocks", help="Run a GGUF file's quantized blocks as integer weights."),
+]
+BlocksOrNot = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-blocks/--dequantize",
+        help="Run a GGUF file's quantized blocks as integer weights, or as bfloat16. By default,"
+        " blocks are kept.",
+        show_default=False,
+    ),
 ]
 
 # --- Bounds and aims: `pick`, `export`, `search` -------------------------------------------------
