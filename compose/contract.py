@@ -251,11 +251,12 @@ class GgufJob:
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """Make a GGUF file a folder in the cache; see `compose.assets.resolve_model`."""
+    """Make a GGUF file a folder in the cache; see `compose.assets.models.gguf_source`."""
 
     source: Path
     cache: Path
     keep_blocks: bool
+    dtype: str
 
 
 @dataclass(frozen=True)

@@ -140,9 +140,10 @@ class PackedFolder:
         from gateskip.quantization.grid import unpack_bits
 
         of_layer = (self.stated.get("layers") or {}).get(name, {})
-        outer = name in self.embeddings or name.endswith("lm_head")
-        embedding = (self.stated.get("embedding") or {}) if outer else {}
-        bits = int({**self.stated, **of_layer, **embedding}["bits"])
+        embedding = self.stated.get("embedding") or {}
+        head = self.stated.get("head") or embedding
+        outer = head if name.endswith("lm_head") else embedding if name in self.embeddings else {}
+        bits = int({**self.stated, **of_layer, **outer}["bits"])
         return IntegerLayer(bits, unpack_bits(packed, bits), scale, None)
 
 

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from compose.artifacts.gguf.file import is_gguf
 from compose.assets.table import TASKS, WRITTEN_TASK
 from compose.bench.peers.table import parse_peer
 from compose.errors import UserError, shortened, suggest
@@ -126,11 +127,19 @@ class Model(_Section):
     """An alias, a hub id, a local folder or a GGUF file (relative to this file)."""
 
     keep_blocks: bool = False
-    """For a GGUF file: use the weights in Q4_0, Q4_1 and Q8_0 blocks as they are in the file. By
-    default, all weights are dequantized."""
+    """For a GGUF file: keep its quantized weights as integers. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 stay
+    as they are. Q4_K and Q5_K keep their codes and get scales in bfloat16. All other types get 8
+    bits. By default, all weights are dequantized."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The data type of unquantized weights, in files and in computations."""
+    """The data type of unquantized weights, in files and in computations. The default for a GGUF
+    file is bfloat16."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_of_files(cls, stated: Any) -> Any:
+        file = isinstance(stated, Mapping) and is_gguf(str(stated.get("source")))
+        return {"dtype": "bfloat16", **stated} if file else stated
 
 
 class TrainSpec(DataSpec):

@@ -211,10 +211,10 @@ def _gguf(job: GgufJob, channel: Channel) -> dict[str, Any]:
 
 
 def _convert(job: ConvertJob, channel: Channel) -> str:
-    from compose.assets import resolve_model
+    from compose.assets.models.gguf_source import from_gguf
 
-    source, keep = str(job.source), job.keep_blocks
-    return str(resolve_model(source, job.cache, channel.progress, keep_blocks=keep).path)
+    how: dict[str, Any] = {"keep_blocks": job.keep_blocks, "dtype": job.dtype}
+    return str(from_gguf(job.source, job.cache, channel.progress, **how).path)
 
 
 def _compressed(job: CompressedTensorsJob, channel: Channel) -> dict[str, Any]:

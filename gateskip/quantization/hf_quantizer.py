@@ -33,16 +33,19 @@ class GridConfig(QuantizationConfigMixin):
         layers: dict[str, dict[str, Any]] | None = None,
         unpacked: list[str] | None = None,
         embedding: dict[str, Any] | None = None,
+        head: dict[str, Any] | None = None,
         scales: str = "bfloat16",
         **others: Any,
     ) -> None:
         """`layers` has the bits, group sizes and offsets of layers that differ, `unpacked` the
-        names of those that are not packed, `embedding` bits and group size of the embedding.
+        names of those that are not packed, `embedding` bits and group size of the embedding, and
+        `head` those of an LM head with its own table, where they differ.
         `scales` is the type of scales and minima in the file: float16 where the grids come from
         another format."""
         self.quant_method: Any = METHOD
         self.bits, self.group_size, self.offset = bits, group_size, offset
-        self.layers, self.unpacked, self.embedding = layers or {}, unpacked or [], embedding
+        self.layers, self.unpacked = layers or {}, unpacked or []
+        self.embedding, self.head = embedding, head
         self.scales = scales
 
     @property
@@ -75,21 +78,18 @@ class GridQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and module is not head and name not in config.unpacked:
                 model.set_submodule(name, _empty_linear(module, name, config))
-        if config.embedding is None:
-            return
-        bits, group = config.embedding["bits"], config.embedding["group_size"]
-        sizes = (embedding.num_embeddings, embedding.embedding_dim)
-        dtype = _dtype(model)
-        scale = getattr(embedding, "scalar_embed_scale", None)
-        with torch.device(embedding.weight.device):
-            packed = GridEmbedding(*sizes, bits, group, dtype, config.stored, scale)
-        model.set_input_embeddings(packed)
-        if tied:
-            model.set_output_embeddings(SharedHead(packed))
-            model.all_tied_weights_keys = {}
-        elif head is not None:
+        if config.embedding is not None:
+            packed = _empty_embedding(embedding, model, config)
+            model.set_input_embeddings(packed)
+            if tied:
+                model.set_output_embeddings(SharedHead(packed))
+                model.all_tied_weights_keys = {}
+        outer = config.head or config.embedding
+        if outer is not None and head is not None and not tied:
             name = next(name for name, module in model.named_modules() if module is head)
-            model.set_submodule(name, _head(head, bits, group, config.stored))
+            if name not in config.unpacked:
+                sizes = (outer["bits"], outer["group_size"])
+                model.set_submodule(name, _head(head, *sizes, config.stored))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         embedding = model.get_input_embeddings()
@@ -126,6 +126,15 @@ def _empty_linear(linear: Any, name: str, config: GridConfig) -> GridLinear:
             linear.weight.dtype,
             config.stored,
         )
+
+
+def _empty_embedding(embedding: Any, model: Any, config: GridConfig) -> GridEmbedding:
+    stated: Any = config.embedding
+    sizes = (embedding.num_embeddings, embedding.embedding_dim)
+    grid = (stated["bits"], stated["group_size"])
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    with torch.device(embedding.weight.device):
+        return GridEmbedding(*sizes, *grid, _dtype(model), config.stored, scale)
 
 
 def _head(linear: Any, bits: int, group: int, stored: torch.dtype) -> GridLinear:

@@ -97,12 +97,32 @@ def converted(
             value = value + 1
         module = name.split(".")[-2]
         stored = Ggml.F32 if value.ndim == 1 else Ggml[(kinds or {}).get(module, kind)]
-        writer.add_tensor(own, gguf.quantize(value, stored), raw_dtype=stored)
+        writer.add_tensor(own, _stored(value, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+SPREADS = {"Q4_K": (0, 1 / 2700), "Q5_K": (0, 1 / 5700), "Q6_K": (208, 1 / 27000)}
+"""K type -> where its blocks have a float16 scale, and that scale of weights around 0.05."""
+
+
+def _stored(value: Any, stored: Ggml) -> Any:
+    """A matrix in blocks. The gguf package cannot round to K types, so theirs are random."""
+    if stored.name not in SPREADS:
+        return gguf.quantize(value, stored)
+    weights, size = gguf.GGML_QUANT_SIZES[stored]
+    place, scale = SPREADS[stored.name]
+    n, blocks = len(value), value.shape[1] // weights
+    random = numpy.random.default_rng(value.size)
+    rows = random.integers(0, 256, (n, blocks, size), dtype=numpy.uint8)
+    heads = [scale] if place else [scale, scale * (2 ** int(stored.name[1]) - 1) / 2]
+    for i, number in enumerate(heads):
+        start = place + 2 * i
+        rows[:, :, start : start + 2] = numpy.array([number], "<f2").view(numpy.uint8)
+    return rows.reshape(n, -1)
 
 
 def _pairs(value: Any, heads: int) -> Any:

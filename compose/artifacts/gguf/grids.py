@@ -36,8 +36,7 @@ def refuse_grids(config: dict[str, Any]) -> list[str]:
     """Reasons why the grids of this config cannot be written as blocks; empty where they can."""
     quantization = config["quantization_config"]
     stated = [quantization, *quantization.get("layers", {}).values()]
-    if quantization.get("embedding"):
-        stated.append(quantization["embedding"])
+    stated += [quantization[key] for key in ("embedding", "head") if quantization.get(key)]
     sizes = {grid.get("group_size", BLOCK) for grid in stated}
     return [f"groups of {size} are not whole blocks of {BLOCK}" for size in sizes if size % BLOCK]
 
@@ -82,8 +81,9 @@ def grid_blocks(
 
 def bits_of(module: str, quantization: dict[str, Any]) -> int:
     """Bits of a module's codes, as a folder's config states them."""
-    if module in (EMBEDDING, HEAD) and quantization.get("embedding"):
-        return int(quantization["embedding"]["bits"])
+    outer = {EMBEDDING: "embedding", HEAD: "head" if quantization.get("head") else "embedding"}
+    if module in outer and quantization.get(outer[module]):
+        return int(quantization[outer[module]]["bits"])
     layer = quantization.get("layers", {}).get(module, {})
     return int(layer.get("bits", quantization["bits"]))
 

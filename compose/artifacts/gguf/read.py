@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import GRID_METHOD
 from compose.artifacts.gguf.block_grids import (
+    Errors,
+    Held,
     Tensors,
     block_weights,
     grid_tensors,
+    has_blocks,
     quantization,
-    require_grids,
+    require_blocks_in,
 )
 from compose.artifacts.gguf.config import ROPE_FACTORS, config_of
 from compose.artifacts.gguf.file import GgufFile, GgufTensor, open_gguf
@@ -46,17 +49,31 @@ def check_gguf_source(path: Path, *, keep_blocks: bool = False) -> dict[str, Any
     config = config_of(file)
     if not keep_blocks:
         return config
-    require_grids(file)
+    require_blocks_in(file)
     return config | {"quantization_config": {"quant_method": GRID_METHOD}}
 
 
+def keeps_blocks(path: Path) -> bool:
+    """Whether layers of the file are quantized, so that their blocks can be kept.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+    """
+    return has_blocks(open_gguf(path))
+
+
 def write_folder(
-    path: Path, folder: Path, name: str | None = None, *, keep_blocks: bool = False
-) -> None:
-    """Write the model in a GGUF file as a folder.
+    path: Path,
+    folder: Path,
+    name: str | None = None,
+    *,
+    keep_blocks: bool = False,
+    dtype: str = "float32",
+) -> str:
+    """Write the model in a GGUF file as a folder, its floating-point weights in `dtype`.
 
     `name` is the model's hub id, where it is known; it also tells the licence. With `keep_blocks`
-    weights stay in blocks that are grids.
+    quantized weights stay grids; the text that is returned tells how, and with what errors.
 
     Raises:
         ArtifactError: the file cannot be read as a model; the message says why.
@@ -65,29 +82,31 @@ def write_folder(
     require_tokenizer(file)
     config = config_of(file)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = matched(file, config, save_config(file, config, folder, name))
-    blocks: dict[str, str] = {}
+    tensors = matched(file, config, save_config(file, config, folder, name, dtype))
+    grids: dict[str, Held] = {}
+    errors = Errors()
     if keep_blocks:
-        require_grids(file)
-        blocks = block_weights(tensors)
+        require_blocks_in(file)
+        grids = block_weights(tensors)
         stated = {**(read_json(folder / "config.json") or {})}
-        stated["quantization_config"] = quantization(tensors, blocks)
+        stated["quantization_config"] = quantization(tensors, grids)
         write_json(folder / "config.json", stated)
-    save_shards(folder, tensors_of(file, config, tensors, blocks))
+    save_shards(folder, tensors_of(file, config, tensors, grids, errors, dtype))
     save_tokenizer(file, folder, config["max_position_embeddings"])
     if name is None:
         _save_licence(file, folder)
+    return errors.text()
 
 
 def save_config(
-    file: GgufFile, config: dict[str, Any], folder: Path, name: str | None
+    file: GgufFile, config: dict[str, Any], folder: Path, name: str | None, dtype: str
 ) -> dict[str, tuple[int, ...]]:
     """Write config.json and generation_config.json; the name and shape of every weight."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     stated = AutoConfig.for_model(**config)
-    stated.dtype = torch.float32
+    stated.dtype = getattr(torch, dtype)
     stated._name_or_path = name or ""
     stated.save_pretrained(folder)
     ends = {key: value for key, value in config.items() if key.endswith("_token_id")}
@@ -102,20 +121,26 @@ def save_config(
 
 
 def tensors_of(
-    file: GgufFile, config: dict[str, Any], tensors: Tensors, blocks: dict[str, str]
+    file: GgufFile,
+    config: dict[str, Any],
+    tensors: Tensors,
+    grids: dict[str, Held],
+    errors: Errors,
+    dtype: str = "float32",
 ) -> Iterator[tuple[str, Tensor]]:
-    """The folder's tensors by name, read one after the other: grids for the weights in `blocks`,
-    float32 for all others."""
+    """The folder's tensors by name, read one after the other: grids for the weights in `grids`,
+    whose errors are counted, and `dtype` for all others."""
     import torch
 
     paired = file.metadata["general.architecture"] in PAIRED
     for name, tensor in tensors:
-        if name in blocks:
+        if name in grids:
             rows = stored_rows(file, tensor)
             rows = unpaired(name, rows, config) if paired else rows
-            yield from grid_tensors(name, rows, blocks[name])
+            yield from grid_tensors(name, rows, tensor.type, grids[name], errors)
         else:
-            yield name, torch.from_numpy(_values(file, tensor, name, config))
+            values = torch.from_numpy(_values(file, tensor, name, config))
+            yield name, values.to(getattr(torch, dtype))
 
 
 def matched(file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Tensors:

@@ -221,6 +221,7 @@ def _loaded(folder: Path, file: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from compose.artifacts.gguf.block_grids import Errors
     from compose.artifacts.gguf.read import matched, tensors_of
 
     config = AutoConfig.from_pretrained(folder)
@@ -230,7 +231,7 @@ def _loaded(folder: Path, file: Path) -> Any:
     gguf, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
     stated = config.to_dict()
     tensors = matched(gguf, stated, {name: tuple(value.shape) for name, value in weights.items()})
-    for name, value in tensors_of(gguf, stated, tensors, {}):
+    for name, value in tensors_of(gguf, stated, tensors, {}, Errors()):
         weights[name].copy_(value)
     return model
 

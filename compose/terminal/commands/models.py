@@ -12,8 +12,8 @@ from rich.console import Console
 
 from compose.terminal.commands.options import (
     AsJson,
+    BlocksOrNot,
     Budget,
-    KeepBlocks,
     MaxNewTokens,
     ModelFolder,
     Quiet,
@@ -34,15 +34,13 @@ def chat(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    keep_blocks: KeepBlocks = False,
+    keep_blocks: BlocksOrNot = None,
 ) -> None:
     """Chat with a model in the terminal."""
-    from compose.assets import default_cache
     from compose.contract import ChatJob
-    from compose.processes.source_folder import as_folders
     from compose.terminal.chat import chat as chat_with
 
-    (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
+    folder = _told(folder, keep_blocks)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed))
 
@@ -66,17 +64,15 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Also print the speed and the numbers of tokens.")
     ] = False,
-    keep_blocks: KeepBlocks = False,
+    keep_blocks: BlocksOrNot = None,
 ) -> None:
     """Answer one prompt with a model."""
-    from compose.assets import default_cache
     from compose.contract import AnswerJob
-    from compose.processes.source_folder import as_folders
     from compose.processes.worker_process import ask_once
     from compose.terminal.chat import show_text
     from compose.terminal.show import stats_text
 
-    (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
+    folder = _told(folder, keep_blocks)
     streams = sys.stdout.isatty()
     answer = ask_once(
         AnswerJob(
@@ -94,6 +90,17 @@ def generate(
     typer.echo("" if streams else answer["text"])
     if stats:
         typer.echo(stats_text(answer), err=True)
+
+
+def _told(source: Path, keep_blocks: bool | None) -> Path:
+    """The model folder; how a GGUF file's weights are held goes to stderr."""
+    from compose.assets import default_cache
+    from compose.processes.source_folder import as_folders, how_read
+
+    (folder,) = as_folders([source], default_cache(), keep_blocks=keep_blocks)
+    if (note := how_read(source, folder)) is not None:
+        typer.echo(note, err=True)
+    return folder
 
 
 def insight(

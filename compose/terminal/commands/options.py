@@ -76,9 +76,15 @@ AsEvents = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 KeepBlocks = Annotated[
     bool,
+    typer.Option("--keep-blocks", help="Run a GGUF file's quantized blocks as integer weights."),
+]
+BlocksOrNot = Annotated[
+    bool | None,
     typer.Option(
-        "--keep-blocks",
-        help="Use the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file without dequantizing them.",
+        "--keep-blocks/--dequantize",
+        help="Run a GGUF file's quantized blocks as integer weights, or as bfloat16. By default,"
+        " blocks are kept.",
+        show_default=False,
     ),
 ]
 

@@ -26,7 +26,7 @@ from compose.artifacts.shards import save_shards
 from compose.assets.table import MODELS
 from compose.errors import ArtifactError, AssetError, RuleBroken
 from compose.planning.prepare import load_plan
-from compose.processes.source_folder import as_folders
+from compose.processes.source_folder import as_folders, how_read
 
 RAW = "smollm2-135m-instruct-q4_1"
 PLAN = """\
@@ -214,6 +214,33 @@ def test_mistakes_are_told_at_their_line(
     assert "p.yaml:2:" in str(caught.value)
 
 
+def test_a_command_keeps_blocks_where_there_are_any(
+    file_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Quantized files as integers and floats in bfloat16, and one line says which."""
+    cache = tmp_path / "cache"
+    blocks, floats = file_of("llama", "Q5_0"), file_of("llama", "F32")
+    folders = as_folders([blocks, floats], cache, keep_blocks=None)
+    stated = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    assert [config["dtype"] for config in stated] == ["bfloat16"] * 2
+    assert ["quantization_config" in config for config in stated] == [True, False]
+    assert how_read(blocks, folders[0]) == "tiny-llama.gguf: Q5_0 as in the file"
+    assert how_read(floats, folders[1]) == "tiny-llama.gguf: weights in bfloat16"
+    assert how_read(folders[0], folders[0]) is None
+    (dense,) = as_folders([blocks], cache, keep_blocks=False)
+    weights = load_file(dense / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_a_file_in_a_pipeline_is_bfloat16(file_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Unless the pipeline states another type; a folder is float32."""
+    shutil.copy(file_of("llama", "Q8_0"), tmp_path / "a.gguf")
+    for source, dtype in (("a.gguf", "bfloat16"), ("a.gguf, dtype: float32", "float32")):
+        path = tmp_path / "p.yaml"
+        path.write_text(PLAN.replace("SOURCE", source))
+        assert load_plan(path, tmp_path / "cache").pipeline.model.dtype == dtype
+
+
 def test_folders_of_a_command_line(file_of: Callable[..., Path], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (folder,) = as_folders([file_of("qwen2")], cache)
@@ -228,7 +255,7 @@ def test_folders_of_a_command_line(file_of: Callable[..., Path], tmp_path: Path)
 # --- Blocks that are kept ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"])
 def test_blocks_are_grids_and_back(kind: str) -> None:
     """Every code, also those that llama.cpp's own rounding never writes."""
     stored = gguf.GGMLQuantizationType[kind]
@@ -236,21 +263,22 @@ def test_blocks_are_grids_and_back(kind: str) -> None:
     rows = numpy.random.default_rng(0).integers(0, 256, (48, 3 * size), dtype=numpy.uint8)
     heads = rows.reshape(48, 3, size)
     heads[:, :, 1] &= 0x3F  # scales and minima are no infinities
-    if kind == "Q4_1":
+    if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
         heads[:, :, 3] &= 0x3F
     blocks = read_blocks(rows, kind)
-    codes = blocks.codes.reshape(48, 3, 32).astype(numpy.float32)
+    codes = blocks.codes.reshape(48, -1, 32).astype(numpy.float32)
     scale = blocks.scale.astype(numpy.float32)[:, :, None]
     if blocks.minimum is None:
         weights = scale * (codes - 2 ** (blocks.bits - 1))
     else:
         weights = scale * codes + blocks.minimum.astype(numpy.float32)[:, :, None]
-    assert (weights.reshape(48, 96) == gguf.dequantize(rows, stored)).all()
-    name, again = write_blocks(blocks)
-    assert name == kind and (again == rows).all()
+    assert (weights.reshape(48, -1) == gguf.dequantize(rows, stored)).all()
+    if kind in ("Q4_0", "Q4_1", "Q8_0"):
+        name, again = write_blocks(blocks)
+        assert name == kind and (again == rows).all()
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_kept_blocks_are_the_weights_of_the_file(
     kind: str, file_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -260,7 +288,7 @@ def test_kept_blocks_are_the_weights_of_the_file(
 
     file, folder = file_of("llama", kind), tmp_path / "kept"
     write_folder(file, tmp_path / "dense")
-    write_folder(file, folder, keep_blocks=True)
+    assert write_folder(file, folder, keep_blocks=True) == f"{kind} as in the file"
     kept, dense = load_model(folder), load_model(tmp_path / "dense")
     layers = {n: m for n, m in kept.named_modules() if isinstance(m, GridLinear)}
     assert len(layers) == 4 * 7
@@ -268,7 +296,7 @@ def test_kept_blocks_are_the_weights_of_the_file(
         assert layer.scale.dtype == torch.float16
         assert torch.equal(layer.grid().weight(), dense.get_submodule(name).weight), name
     embedding = kept.get_input_embeddings()
-    assert isinstance(embedding, GridEmbedding) == (kind != "Q4_1"), "Q4_1 is not symmetric"
+    assert isinstance(embedding, GridEmbedding) == (kind[-1] == "0"), "Q4_1 is not symmetric"
     assert torch.equal(embedding.weight, dense.get_input_embeddings().weight)
     ids = torch.arange(40).view(1, -1)
     with torch.inference_mode():
@@ -292,6 +320,97 @@ def test_a_file_of_several_kinds(tiny_llama: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         kept, dense = (load_model(tmp_path / name)(ids).logits for name in ("kept", "dense"))
     assert torch.equal(kept, dense)
+
+
+def decoded_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [S, V] as decoding computes them: natively, by integer weights, where there are
+    kernels."""
+    import gateskip
+
+    backend = gateskip.load(folder).skipping.backend
+    cache = backend.new_cache(1, 64)
+    with torch.inference_mode():
+        states = backend.decode([ids[0].tolist()], cache, [0], [0])
+        logits: torch.Tensor = backend.logits(states)
+    return logits
+
+
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "initializer_range": 0.05,  # less than of tiny models, whose larger errors would grow
+}
+"""Sizes of whole blocks of K types."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "most"), [("Q4_K", 4, 3e-3), ("Q5_K", 5, 3e-3), ("Q6_K", 8, 7e-3)]
+)
+def test_k_blocks_are_grids_but_for_a_stated_error(
+    kind: str, bits: int, most: float, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As weights, as the error that is stated, and as logits of the native engine. Scales and the
+    values of middle codes are numbers of bfloat16, as kernels read them."""
+    from gateskip.quantization.folders import load_model
+    from gateskip.quantization.grid_linear import grids_of
+    from gateskip.quantization.packed_linear import PackedLinear
+
+    file = converted(make_tiny("llama", **WIDE), tmp_path / "a.gguf", kind)
+    write_folder(file, tmp_path / "dense")
+    says = write_folder(file, tmp_path / "kept", keep_blocks=True)
+    kept, dense = load_model(tmp_path / "kept"), load_model(tmp_path / "dense")
+    layers = grids_of(kept)
+    assert len(layers) == 4 * 7 and {layer.bits for layer in layers.values()} == {bits}
+    for name, layer in layers.items():
+        weight = dense.get_submodule(name).weight
+        error = float((layer.grid().weight() - weight).norm() / weight.norm())
+        assert 0 < error < most, name
+        packed = PackedLinear.of(layer.grid())
+        assert packed._scale.dtype == torch.bfloat16
+        assert packed._offset is None or packed._offset.dtype == torch.bfloat16
+    table, stated = kept.get_input_embeddings(), dense.get_input_embeddings().weight.data
+    assert table.bits == 8
+    assert float((table.weight - stated).norm() / stated.norm()) < 7e-3
+    assert f"{kind} in 8 bits (error 0." in says
+    assert ("with scales in bfloat16" in says) == (bits < 8)
+    ids = torch.arange(40).view(1, -1)
+    with torch.inference_mode():
+        wanted, given = dense(ids).logits, kept(ids).logits
+    assert float((wanted - given).norm() / wanted.norm()) < 0.05
+    decoded = decoded_logits(tmp_path / "kept", ids)
+    assert float((wanted[0] - decoded).norm() / wanted.norm()) < 0.05
+
+
+def test_tables_of_two_types(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """An embedding and an LM head with its own table may differ, and one of them be floats."""
+    from gateskip.quantization.folders import load_model
+    from gateskip.quantization.grid_linear import GridEmbedding, GridLinear
+
+    source = make_tiny("qwen2", **WIDE)
+    for tables in (
+        {"embed_tokens": "Q5_0", "lm_head": "Q8_0"},
+        {"embed_tokens": "F16", "lm_head": "Q8_0"},
+        {"embed_tokens": "Q4_0", "lm_head": "F16"},
+    ):
+        file = converted(source, tmp_path / "a.gguf", "Q5_0", tables)
+        folder = tmp_path / "-".join(tables.values())
+        write_folder(file, tmp_path / "dense")
+        write_folder(file, folder, keep_blocks=True)
+        kept, dense = load_model(folder), load_model(tmp_path / "dense")
+        packed = {
+            "embed_tokens": isinstance(kept.get_input_embeddings(), GridEmbedding),
+            "lm_head": isinstance(kept.get_output_embeddings(), GridLinear),
+        }
+        assert packed == {name: kind != "F16" for name, kind in tables.items()}
+        ids = torch.arange(40).view(1, -1)
+        with torch.inference_mode():
+            wanted = dense(ids).logits
+            assert torch.equal(kept(ids).logits, wanted)
+        assert float((wanted[0] - decoded_logits(folder, ids)).norm() / wanted.norm()) < 0.05
+        shutil.rmtree(tmp_path / "dense")
 
 
 def test_a_step_makes_the_source_of_a_file(file_of: Callable[..., Path], tmp_path: Path) -> None:
