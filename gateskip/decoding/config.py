@@ -41,11 +41,12 @@ class DraftConfig:
     length: int | Literal["auto"] = "auto"
     """Tokens drafted before each verification, 1 to 16. `auto` sets it from measured cost and
     acceptance, to 0 where drafting does not pay."""
-    weights: Weights = "auto"
+    weights: Weights | None = None
     """The draft model: the model's own weights (`own`); these with a 4-bit LM head (`int4-head`); a
     copy of all weights in fewer bits (`int4`, `int3`, `int2` with a 3-bit head, or `nf4`); the
-    small network that the stage `draft-network` trained (`learned`); or `auto`, the fastest of
-    these, measured once per machine."""
+    small network that the stage `draft-network` trained (`learned`); another model, the
+    `draft_model` of `gateskip.load` (`model`); or `auto`, the fastest of these, measured once per
+    machine. None is `model` where one was loaded, and `auto` elsewhere."""
     lookup: bool = True
     """Whether to look up the last tokens earlier in the text and propose the tokens that followed
     there, before a draft model is asked."""
@@ -72,7 +73,7 @@ class Settings(PhaseSettings, total=False):
 
     draft_budget: float
     draft_length: int | Literal["auto"]
-    draft_weights: Weights
+    draft_weights: Weights | None
     lookup: bool
     verify_budget: float
 
