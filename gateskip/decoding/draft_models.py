@@ -1,4 +1,4 @@
-"""Draft models: the model itself, a cheaper copy of its weights, a small network, or another model."""
+"""Draft models: the model itself, a copy of its weights, a small network, or another model."""
 
 from __future__ import annotations
 

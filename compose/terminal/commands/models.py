@@ -13,6 +13,7 @@ from rich.console import Console
 from compose.terminal.commands.options import (
     AsJson,
     Budget,
+    DraftModel,
     KeepBlocks,
     MaxNewTokens,
     ModelFolder,
@@ -30,6 +31,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 1024,
     budget: Budget = None,
     speculate: Speculate = None,
+    draft_model: DraftModel = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -43,8 +45,9 @@ def chat(
     from compose.terminal.chat import chat as chat_with
 
     (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
+    draft = None if draft_model is None else as_folders([draft_model], default_cache())[0]
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed))
+    chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed, draft))
 
 
 def generate(
@@ -53,6 +56,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     budget: Budget = None,
     speculate: Speculate = None,
+    draft_model: DraftModel = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -72,6 +76,7 @@ def generate(
     from compose.terminal.show import stats_text
 
     (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
+    draft = None if draft_model is None else as_folders([draft_model], default_cache())[0]
     streams = sys.stdout.isatty()
     answer = ask_once(
         AnswerJob(
@@ -83,6 +88,7 @@ def generate(
             sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
             seed=seed,
             stop=tuple(stop or ()),
+            draft_model=draft,
         ),
         show_text if streams else None,
     )

@@ -109,6 +109,13 @@ Speculate = Annotated[
     bool | None,
     typer.Option(help="Draft tokens and verify them, or do not; by default as the folder says."),
 ]
+DraftModel = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Let another model with the same tokenizer draft: a folder, or a GGUF file.",
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(metavar="NUMBER", min=0.0, help="Sample at this temperature; 0 is greedy.")
 ]

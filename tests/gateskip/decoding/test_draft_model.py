@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import save_gated
+from tiny_models import first_layers, save_gated
 
 import gateskip
 from gateskip.decoding import draft_choice
@@ -19,7 +19,6 @@ from gateskip.decoding.draft_cache import DraftCache
 from gateskip.decoding.rows import Row
 from gateskip.decoding.sampling import Sampler
 from gateskip.kernels import ops
-from gateskip.quantization.folders import load_model
 
 native = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
 BACKENDS = [pytest.param("native", marks=native), "gathered"]
@@ -31,16 +30,6 @@ BY_MODEL: dict[str, Any] = {"draft_weights": "model", "lookup": False, "draft_le
 def draft(make_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first two of the four layers of `tiny_llama`."""
     return first_layers(make_tiny("llama"), tmp_path_factory.mktemp("draft") / "model", 2)
-
-
-def first_layers(source: Path, target: Path, count: int) -> Path:
-    """A model of the first layers of another one, which often agrees with it."""
-    shutil.copytree(source, target)
-    model = load_model(source, "float32")
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = count
-    model.save_pretrained(target)
-    return target
 
 
 def written(decoder: Decoder, prompts: list[list[int]], new: int = 24, **given: Any) -> Any:
