@@ -130,7 +130,8 @@ def test_a_search_does_not_vary_it(tiny_llama: Path, draft: Path, tmp_path: Path
     stage = f"{{use: speculate, draft_model: {draft}}}"
     file.write_text(
         f"schema: 1\nname: s\nmodel: {{source: {tiny_llama}}}\nstages:\n  spec: {stage}\n"
-        f"search:\n  axes: {{decode: [none, spec]}}\n  vary:\n    spec:\n      draft_model: [{draft}]\n"
+        "search:\n  axes: {decode: [none, spec]}\n  vary:\n    spec:\n"
+        f"      draft_model: [{draft}]\n"
     )
     with pytest.raises(PipelineError, match=r"search\.yaml:10.*one stage for each model"):
         load_plan(file, tmp_path / "cache")
