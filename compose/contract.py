@@ -203,6 +203,8 @@ class AnswerJob:
     sampling: Mapping[str, Any]
     seed: int
     stop: tuple[str, ...]
+    draft_model: Path | None = None
+    """The folder of another model that drafts."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,8 @@ class ChatJob:
     speculate: bool | None
     sampling: Mapping[str, Any]
     seed: int
+    draft_model: Path | None = None
+    """The folder of another model that drafts."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +290,8 @@ class FetchJob:
     tasks: tuple[str, ...]
     peers: tuple[str, ...]
     """Other engines whose environments are made."""
+    draft_models: tuple[str, ...] = ()
+    """Models that only draft."""
 
 
 Job = (

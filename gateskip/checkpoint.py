@@ -42,6 +42,7 @@ GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
 FORMAT = 2
 DOWN, UP = "shortcuts.down", "shortcuts.up"
+DRAFT_FOLDER = "draft_model"  # in a model folder that carries the model that drafts for it
 HARM = "harm"
 RANKS = "shortcuts.ranks"  # in a file of gates whose shortcuts differ in rank
 
@@ -338,6 +339,7 @@ def load(
     backend: BackendName | Literal["auto"] = "auto",
     rounded: bool = True,
     device: str | torch.device = "cpu",
+    draft_model: str | Path | None = None,
 ) -> Decoder:
     """Load a model folder and return a `Decoder`.
 
@@ -351,13 +353,32 @@ def load(
             weights, as llama.cpp does.
         device: the device of the model. Only `gathered` and `reference` run on devices other than
             a CPU.
+        draft_model: the folder of another model with the same tokenizer, which drafts in mode
+            `speculate`. None takes the folder's own `draft_model`, where it has one.
 
     Raises:
         FormatError: the gates are damaged, or belong to another version or another model.
         UnsupportedModel: the architecture is not supported, or the backend cannot run the model on
             this device.
+        ValueError: the draft model has another vocabulary.
     """
     folder, device = Path(folder), torch.device(device)
+    decoder = _load(folder, dtype, backend, rounded, device)
+    if draft_model is None and (folder / DRAFT_FOLDER).is_dir():
+        draft_model = folder / DRAFT_FOLDER
+    if draft_model is not None:
+        decoder.draft_by(_load(Path(draft_model), dtype, backend, rounded, device))
+    return decoder
+
+
+def _load(
+    folder: Path,
+    dtype: str | torch.dtype,
+    backend: BackendName | Literal["auto"],
+    rounded: bool,
+    device: torch.device,
+) -> Decoder:
+    """A folder without another model that drafts for it."""
     if backend == "native" and device.type != "cpu":
         raise UnsupportedModel(f"the native backend runs on a CPU, not on {device}")
     if device.type != "cpu" or backend in ("reference", "gathered"):
@@ -400,7 +421,7 @@ def _on_cpu(
         if backend == "native":
             raise
         fallback = str(error)
-        warnings.warn(f"{folder.name} decodes in torch, slower: {error}", stacklevel=3)
+        warnings.warn(f"{folder.name} decodes in torch, slower: {error}", stacklevel=4)
         skipping = SkippingModel(model, gates, kv_rule, "gathered")
     times = autotune.kernel_times(timed_pairs(samples, skipping.engine))
     if backend == "auto" and autotune.own_are_faster(times):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import gateskip
+from compose.assets import resolve_model
 from compose.bench.generate import load_prompts
 from compose.bench.quality.lossless import check_lossless
 from compose.bench.quality.measure import QualityBench
@@ -36,6 +37,7 @@ class CellBench:
         self.settings = dict(job.decode or {"use": "plain"})
         self.mode: Mode = self.settings.pop("use")
         self.kv_cache: KVFormat = self.settings.pop("kv_cache", "model")
+        self.draft_model: str | None = self.settings.pop("draft_model", None)
         if job.threads is not None:
             torch.set_num_threads(job.threads)
 
@@ -64,6 +66,12 @@ class CellBench:
             decoder: Decoder = gateskip.load(job.folder, job.dtype, job.backend)
         except UnsupportedModel as error:
             raise StepError(f"{job.backend}: {error}") from error
+        if self.draft_model is not None:
+            draft = resolve_model(self.draft_model, job.asset_cache).path
+            try:
+                decoder.draft_by(gateskip.load(draft, job.dtype, job.backend))
+            except ValueError as error:
+                raise StepError(f"draft_model {self.draft_model}: {error}") from error
         decoder.skipping.kv_cache = self.kv_cache  # of what is scored, too
         return decoder
 

@@ -66,7 +66,9 @@ class Conversation:
         speculate: bool | None = None,
         sampling: Mapping[str, Any] | None = None,
         seed: int = 0,
+        draft_model: Path | None = None,
     ) -> None:
+        self.draft_model = draft_model
         self.folder, self.max_new_tokens, self.seed = folder, max_new_tokens, seed
         self.budget, self.speculate, self.sampling = budget, speculate, sampling
         self.messages: list[dict[str, str]] = []
@@ -79,7 +81,10 @@ class Conversation:
             ArtifactError: the folder has no chat template, or as `decode_settings`.
         """
         self.decoder, self.settings = open_decoder(
-            self.folder, budget=self.budget, speculate=self.speculate
+            self.folder,
+            budget=self.budget,
+            speculate=self.speculate,
+            draft_model=self.draft_model,
         )
         if not getattr(self.decoder.tokenizer, "chat_template", None):
             raise ArtifactError(

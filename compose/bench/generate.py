@@ -20,16 +20,32 @@ if TYPE_CHECKING:
 
 
 def decode_settings(
-    folder: Path, *, budget: float | None = None, speculate: bool | None = None
+    folder: Path,
+    *,
+    budget: float | None = None,
+    speculate: bool | None = None,
+    draft_model: Path | None = None,
 ) -> dict[str, Any]:
     """Decode settings of a folder: its own, changed by those that the caller gives.
 
-    `budget` is the share of multiply-adds of the answer, or of drafts when speculating.
+    `budget` is the share of multiply-adds of the answer, or of drafts when speculating. A
+    `draft_model` drafts in place of the folder's own draft.
 
     Raises:
-        ArtifactError: the folder has no model, or has no gates although skipping is requested.
+        ArtifactError: the folder has no model, or has no gates although skipping is requested; or a
+            draft model is given, and told to skip, or not to draft.
     """
     require_model(folder)
+    if draft_model is not None:
+        require_model(draft_model)
+        if budget is not None or speculate is False:
+            other = "--no-speculate" if speculate is False else "--budget"
+            raise ArtifactError(
+                f"{other} and --draft-model contradict each other: a draft model drafts, and skips"
+                " nothing",
+                fix="leave one of them out",
+            )
+        speculate = True
     stored = (read_json(folder / "gateskip.json") or {}).get("decode") or {"mode": "plain"}
     kv_cache = {key: value for key, value in stored.items() if key == "kv_cache"}
     if not is_gated(folder):
@@ -49,6 +65,8 @@ def decode_settings(
     settings: dict[str, Any] = {**kv_cache, **of_mode, "mode": mode}
     if budget is not None:
         settings["draft_budget" if mode == "speculate" else "budget"] = budget
+    if draft_model is not None:
+        settings |= {"draft_weights": "model", "draft_budget": 1.0}
     return settings
 
 
@@ -62,6 +80,7 @@ def answer(
     sampling: Mapping[str, Any] | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
+    draft_model: Path | None = None,
     on_text: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
     """Answer a prompt: the result of `answer_ids`.
@@ -70,7 +89,9 @@ def answer(
     chat template gets the prompt as a chat message. `on_text` is given the text piece by piece
     while it is written. Raises ArtifactError as `decode_settings`.
     """
-    decoder, settings = open_decoder(folder, budget=budget, speculate=speculate)
+    decoder, settings = open_decoder(
+        folder, budget=budget, speculate=speculate, draft_model=draft_model
+    )
     ids = prompt_ids(decoder.tokenizer, prompt)
     stream = TextStream(decoder.tokenizer, on_text)
     answered = answer_ids(
@@ -88,16 +109,26 @@ def answer(
 
 
 def open_decoder(
-    folder: Path, *, budget: float | None = None, speculate: bool | None = None
+    folder: Path,
+    *,
+    budget: float | None = None,
+    speculate: bool | None = None,
+    draft_model: Path | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """A folder's decoder and its decode settings: see `decode_settings`.
 
-    Raises ArtifactError as `decode_settings`, and where the budget was not calibrated.
+    Raises ArtifactError as `decode_settings`, where the budget was not calibrated, and where the
+    draft model has another vocabulary.
     """
     import gateskip
 
-    settings = decode_settings(folder, budget=budget, speculate=speculate)
+    settings = decode_settings(folder, budget=budget, speculate=speculate, draft_model=draft_model)
     decoder = gateskip.load(folder)
+    if draft_model is not None:
+        try:
+            decoder.draft_by(gateskip.load(draft_model))
+        except ValueError as error:
+            raise ArtifactError(f"{draft_model} cannot draft for {folder}: {error}") from error
     share = settings.get("draft_budget", settings.get("budget"))
     if settings["mode"] != "plain" and share is not None:
         try:
@@ -112,7 +143,7 @@ def prepare(decoder: Decoder, settings: Mapping[str, Any]) -> float:
     begun = time.perf_counter()
     if settings["mode"] == "speculate":
         budget = settings.get("draft_budget") or 1.0
-        decoder.prepare_drafts(settings.get("draft_weights", "auto"), budget)
+        decoder.prepare_drafts(settings.get("draft_weights"), budget)
     return time.perf_counter() - begun
 
 
@@ -176,8 +207,9 @@ def continue_probe(
     """
     import gateskip
 
-    decoder = gateskip.load(folder)
-    keywords = dict(decoder.defaults if settings is None else settings)
+    given = dict(settings or {})
+    decoder = gateskip.load(folder, draft_model=given.pop("draft_model", None))
+    keywords = decoder.defaults if settings is None else given
     if keywords.get("draft_length", "auto") == "auto" and keywords.get("mode") == "speculate":
         keywords["draft_length"] = 4
     ids: list[int] = probe_ids(folder)[0].tolist()

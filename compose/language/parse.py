@@ -29,6 +29,7 @@ from compose.errors import PipelineError, shortened, suggest
 from compose.language.mistakes import first_mistake, kind_of, no_variants, refusals
 from compose.language.positions import Loc, Mark, Problem, SourceMap
 from compose.language.schema import Pipeline
+from compose.stages.decode import Speculate
 from compose.stages.registry import STAGES
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
@@ -133,11 +134,14 @@ def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Pro
     if (timed := benchmark.speed.prompts) is not None:
         source = paths.text(timed, ("benchmark", "speed"), "prompts")
         parts["speed"] = benchmark.speed.model_copy(update={"prompts": source})
-    model = paths.model(pipeline.model.source)
+    model = paths.model(pipeline.model.source, ("model", "source"))
     stages = {}
     for name, stage in pipeline.stages.items():
         files = stage.files().items()
         named = {key: paths.file(path, ("stages", name, key)) for key, path in files}
+        if isinstance(stage, Speculate) and stage.draft_model is not None:
+            loc = ("stages", name, "draft_model")
+            named["draft_model"] = paths.model(stage.draft_model, loc)
         stages[name] = stage.model_copy(update=named)
     changes = {
         "model": pipeline.model.model_copy(update={"source": model}),
@@ -186,17 +190,17 @@ class _Paths:
             changes["source"] = named[spec.source]
         return spec.model_copy(update=changes)
 
-    def model(self, source: str) -> str:
+    def model(self, source: str, loc: Loc) -> str:
         """A model source: a GGUF file, a folder when there is one, else an alias or hub id."""
         if is_gguf(source):
-            return self.file(source, ("model", "source"))
+            return self.file(source, loc)
         absolute = self._absolute(source)
         if os.path.isfile(absolute / "config.json"):
             return str(absolute)
         if _looks_local(source):
             message = f"there is no model (config.json) in {str(absolute)!r}"
-            self.missing.append(Problem(("model", "source"), message))
-        self._refuse_long(source, ("model", "source"))
+            self.missing.append(Problem(loc, message))
+        self._refuse_long(source, loc)
         return source
 
     def _refuse_long(self, source: str, loc: Loc) -> None:

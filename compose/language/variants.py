@@ -88,6 +88,10 @@ def vary_problems(
                 wrong = True
                 message = f"{parameter} names a file: write one stage for each file"
                 yield Problem(place, message, at_key=True)
+            elif parameter == "draft_model":
+                wrong = True
+                message = "draft_model names a model: write one stage for each model"
+                yield Problem(place, message, at_key=True)
             elif not choices:
                 wrong = True
                 yield Problem(place, f"{parameter} lists no value")

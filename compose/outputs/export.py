@@ -20,6 +20,7 @@ from compose.artifacts.folder import (
     require_model,
     write_lineage,
 )
+from compose.assets import resolve_model
 from compose.contract import CheckJob, ContinueJob, role_of, write_job
 from compose.errors import ArtifactError, ComposeError, StepError, UserError, suggest
 from compose.numbers import metric_text
@@ -38,6 +39,7 @@ CARD_METRICS = (
     *("perplexity", "kl", "agreement", "retained", "saved", "acceptance", "accepted"),
 )
 GATE_SETTINGS = "gateskip.json"
+DRAFT_FOLDER = "draft_model"
 COMPARED_TOKENS = 32
 
 
@@ -129,6 +131,9 @@ def assemble(
         if path.name != LINEAGE:
             place_file(path, folder / path.relative_to(source), link=False)
     decode = decode_default(planned["decode"])
+    if (draft := draft_folder(planned["decode"])) is not None:
+        for path in sorted(path for path in draft.rglob("*") if path.is_file()):
+            place_file(path, folder / DRAFT_FOLDER / path.relative_to(draft), link=False)
     if is_gated(source):
         settings = read_json(folder / GATE_SETTINGS) or {}
         write_json(folder / GATE_SETTINGS, {**settings, "decode": decode})
@@ -154,13 +159,20 @@ def assemble(
 
 
 def decode_default(decode: dict[str, Any] | None) -> dict[str, Any]:
-    """The decode settings that an export states: those of the cell's decode stage."""
+    """The decode settings that an export states: those of the cell's decode stage. A draft model is
+    not named: the export carries it in its folder `draft_model`."""
     if decode is None:
         return {"mode": "plain"}
-    settings = {key: value for key, value in decode.items() if key != "use"}
+    settings = {key: value for key, value in decode.items() if key not in ("use", "draft_model")}
     if settings.get("kv_cache") == "model":  # as where nothing is said
         del settings["kv_cache"]
     return {"mode": decode["use"], **settings}
+
+
+def draft_folder(decode: dict[str, Any] | None) -> Path | None:
+    """The folder of the model that drafts for a cell; None where none does."""
+    source = (decode or {}).get("draft_model")
+    return None if source is None else Path(resolve_model(source).path)
 
 
 def measurements(results: Results, cell: CellResult, planned: dict[str, Any]) -> dict[str, Any]:
@@ -199,9 +211,10 @@ def verify_tokens(
         StepError: the tokens differ.
     """
     weights = planned["weights"]
-    source = _continuation(
-        run.store.model(weights), decode_default(planned["decode"]), run, weights, executor
-    )
+    settings, draft = decode_default(planned["decode"]), draft_folder(planned["decode"])
+    if draft is not None:
+        settings["draft_model"] = str(draft)
+    source = _continuation(run.store.model(weights), settings, run, weights, executor)
     export = _continuation(folder, None, run, weights, executor)
     if source != export:
         pairs = zip(source, export, strict=False)

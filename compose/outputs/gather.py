@@ -168,6 +168,8 @@ def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
     for name, stage in stages:
         parameters = stage.model_dump(mode="json")
         parameters |= {key: path.name for key, path in stage.files().items()}
+        if (draft := parameters.get("draft_model")) is not None and Path(draft).is_absolute():
+            parameters["draft_model"] = Path(draft).name
         declared = {"role": stage.role, "stored_as": stage.stored_as()}
         infos.append({"name": name, **parameters, **declared})
     return tuple(infos) or None

@@ -36,6 +36,9 @@ class InputHashes(TypedDict, total=False):
     file_sha256: Mapping[str, str]
     """Hash of a file that a stage names by its path; one that is not named here is hashed."""
 
+    draft_sha256: Mapping[str, str]
+    """The pinned hash of each model that only drafts, by its source."""
+
 
 def digest(recipe: Mapping[str, Any]) -> str:
     """16 hex digits of the sha256 of a recipe in canonical JSON."""
@@ -51,6 +54,7 @@ class StepKeys:
         self._model_sha256 = hashes.get("model_sha256")
         self._files = dict(hashes.get("file_sha256", {}))
         self._data = dict(hashes.get("data_sha256", {}))
+        self._drafts = dict(hashes.get("draft_sha256", {}))
 
     def source(self) -> str:
         """The key of the step that stores the source model."""
@@ -84,6 +88,10 @@ class StepKeys:
                 "data": {split: self._data_identity(split) for split in stage.reads_data},
             }
         )
+
+    def cell(self, weights: str, decode: Stage | None, peer: str | None = None) -> str:
+        """The key of a cell: see `cell_key`."""
+        return cell_key(weights, decode, peer, self._drafts)
 
     def _model_identity(self, source: str) -> dict[str, Any]:
         folder = Path(source)
@@ -146,8 +154,15 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def cell_key(weights: str, decode: Stage | None, peer: str | None = None) -> str:
+def cell_key(
+    weights: str,
+    decode: Stage | None,
+    peer: str | None = None,
+    draft_sha256: Mapping[str, str] | None = None,
+) -> str:
     """The key of the cell with these weights (a step's key) and this decode stage, or run by this
-    other engine."""
-    recipe = {"weights": weights, "decode": None if decode is None else decode.identity({})}
+    other engine. `draft_sha256` has the hash of the model that drafts, by its source."""
+    pin = (draft_sha256 or {}).get(getattr(decode, "draft_model", None) or "")
+    named = {} if pin is None else {"draft_model": pin}
+    recipe = {"weights": weights, "decode": None if decode is None else decode.identity(named)}
     return digest(recipe if peer is None else {**recipe, "peer": peer})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from compose.errors import PlanError, RuleBroken, shortened
 from compose.language.positions import Loc
 from compose.language.schema import DENSE, Chain, Pipeline, as_chain
-from compose.planning.keys import InputHashes, StepKeys, cell_key
+from compose.planning.keys import InputHashes, StepKeys
 from compose.planning.plan import (
     SOURCE,
     Cell,
@@ -139,7 +139,7 @@ class _Planner:
         """Plan a chain that breaks no rule; one that equals a planned cell only adds its names."""
         weights, decode = self._weights(chain, self._pipeline.seed)
         new = _PlannedCell(chain, weights, decode, origin, [])
-        planned = self._cells.setdefault(cell_key(weights, decode), new)
+        planned = self._cells.setdefault(self._keys.cell(weights, decode), new)
         planned.names += [name for name in names if name not in planned.names]
 
     def add_pipeline(self, name: str, chain: Chain) -> None:
@@ -171,7 +171,7 @@ class _Planner:
             chain = self._steps[planned.weights].chain
             for decode in (_compared_with(planned.decode), None):
                 names = [name for name, stage in self._stages.items() if stage == decode][:1]
-                if cell_key(planned.weights, decode) not in self._cells:
+                if self._keys.cell(planned.weights, decode) not in self._cells:
                     self.add((*chain, *names), (cell_name((*chain, *names)),), "plain")
 
     def add_repeats(self) -> None:
@@ -188,14 +188,14 @@ class _Planner:
                 repeat = _PlannedCell(
                     planned.chain, weights, decode, planned.origin, [f"{name}@{seed}"], name
                 )
-                self._cells[cell_key(weights, decode)] = repeat
+                self._cells[self._keys.cell(weights, decode)] = repeat
 
     def add_peers(self) -> None:
         """Plan the other engines on the untouched model, one cell each."""
         weights, _ = self._weights((), self._pipeline.seed)
         for peer in self._pipeline.benchmark.against:
             planned = _PlannedCell((), weights, None, "peer", [peer], peer=peer)
-            self._cells[cell_key(weights, None, peer)] = planned
+            self._cells[self._keys.cell(weights, None, peer)] = planned
 
     def plan(self) -> Plan:
         """The plan, after the last checks on names."""
@@ -217,7 +217,7 @@ class _Planner:
         why = why_no_baseline(cell, self._pipeline.benchmark.quality)
         if why is not None:
             weights = plan.cell(cell.repeats or cell.name).weights
-            plain = self._cells[cell_key(weights, None)].names[0]
+            plain = self._cells[self._keys.cell(weights, None)].names[0]
             error = PlanError(f"the baseline {why}", fix=f"name {plain!r}")
             raise self._pipeline.locate(error, ("benchmark", "baseline"))
 
@@ -282,7 +282,7 @@ class _Planner:
         name, *aliases = planned.names
         plain = None
         if planned.decode is not None:
-            key_of = cell_key(planned.weights, _compared_with(planned.decode))
+            key_of = self._keys.cell(planned.weights, _compared_with(planned.decode))
             plain = self._cells[key_of].names[0]
         return Cell(
             name=name,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compose.artifacts.gguf.file import is_gguf
 from compose.artifacts.intake import require_source
+from compose.artifacts.vocabulary import vocabulary_difference
 from compose.assets import (
     SELF_WRITTEN,
     data_pin,
@@ -24,6 +25,7 @@ from compose.planning.keys import InputHashes, text_hashes
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
 from compose.stages.base import ModelShape
+from compose.stages.decode import Speculate
 
 
 def load_plan(file: Path, asset_cache: Path) -> Plan:
@@ -39,6 +41,7 @@ def load_plan(file: Path, asset_cache: Path) -> Plan:
         require_inputs(pipeline)
         shape = model_shape(pipeline, asset_cache)
         refuse_longer(pipeline, shape)
+        refuse_other_vocabularies(pipeline, shape, asset_cache)
         return make_plan(pipeline, shape, input_hashes(pipeline, asset_cache))
 
 
@@ -62,6 +65,9 @@ def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
     folder = Path(pipeline.model.source)
     if folder.is_absolute() and not is_gguf(folder):  # a file's header is read for its sizes
         yield ("model", "source"), partial(require_source, folder)
+    for loc, source in draft_models(pipeline):
+        if Path(source).is_absolute() and not is_gguf(source):
+            yield loc, partial(require_source, Path(source))
     for split in ("train", "calibration"):
         spec = getattr(pipeline.data, split)
         for source in spec.weights:
@@ -100,6 +106,41 @@ def refuse_longer(pipeline: Pipeline, shape: ModelShape | None) -> None:
             raise pipeline.locate(error, loc)
 
 
+def draft_models(pipeline: Pipeline) -> list[tuple[Loc, str]]:
+    """Every model that only drafts: its place in the file, and its source."""
+    return [
+        (("stages", name, "draft_model"), stage.draft_model)
+        for name, stage in pipeline.stages.items()
+        if isinstance(stage, Speculate) and stage.draft_model is not None
+    ]
+
+
+def refuse_other_vocabularies(
+    pipeline: Pipeline, shape: ModelShape | None, asset_cache: Path
+) -> None:
+    """Refuse a draft model with another vocabulary than the pipeline's model, at its line.
+
+    Sizes are compared where they are known, and tokens where both models are folders. All is
+    compared again when the draft model is loaded.
+
+    Raises:
+        AssetError: there is no such model.
+        PlanError: it cannot draft for the pipeline's model.
+    """
+    for loc, source in draft_models(pipeline):
+        try:
+            config = model_config(source, asset_cache)
+            draft = None if config is None else ModelShape.from_config(config)
+        except (PlanError, AssetError, ArtifactError) as error:
+            raise pipeline.locate(error, loc) from None
+        reason = vocabulary_difference(Path(pipeline.model.source), Path(source))
+        if shape is not None and draft is not None and draft.vocab_size != shape.vocab_size:
+            reason = f"it has {draft.vocab_size} tokens, and the model has {shape.vocab_size}"
+        if reason is not None:
+            fix = "name a model with the same tokenizer, of the same family"
+            raise pipeline.locate(PlanError(f"draft_model: {reason}", fix=fix), loc)
+
+
 def _lengths(pipeline: Pipeline) -> Iterator[tuple[Loc, int]]:
     """Every length of text that the file asks for, and its place."""
     stages = pipeline.stages.items()
@@ -136,4 +177,6 @@ def input_hashes(pipeline: Pipeline, asset_cache: Path | None = None) -> InputHa
     pins = {source: data_pin(source) for source in sources}
     named = {source: pin for source, pin in pins.items() if pin is not None}
     hashes["data_sha256"] = named | text_hashes(sources)
+    models = {source: model_pin(source, asset_cache) for _, source in draft_models(pipeline)}
+    hashes["draft_sha256"] = {source: pin for source, pin in models.items() if pin is not None}
     return hashes

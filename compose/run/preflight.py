@@ -66,6 +66,7 @@ class Readiness:
             f"{name} ({'compiled' if engine.compiled else 'installed'}, some minutes)"
             for name, engine in engines.items()
         ]
+        model += [f"draft model {source}" for source in job.draft_models]
         return [*model, *texts, *(f"task {name}" for name in job.tasks), *built]
 
 
@@ -78,7 +79,8 @@ def require_ready(run: RunState, cells: list[Cell]) -> None:
     found = look(run.plan, run.folder, run.settings, cells, local=run.workers.executor.local)
     missing = list(found.missing)
     if missing:  # what takes minutes is left out: the run cannot start anyway
-        found = replace(found, to_fetch=replace(found.to_fetch, model=None, peers=()))
+        lighter = replace(found.to_fetch, model=None, draft_models=(), peers=())
+        found = replace(found, to_fetch=lighter)
     if found.fetched():
         missing += _fetch(run, found)
     if missing:
@@ -129,8 +131,10 @@ def look(
     texts = list(dict.fromkeys(_texts(plan, made, left)))
     peers = [parse_peer(cell.peer) for cell in left if cell.peer is not None]
     presence = _presence_of_model(plan, made, cache)
+    drafts = {source: model_presence(source, cache) for source in _draft_models(left)}
     missing = [
         *(_without_model(plan, cache) if presence == "absent" else ()),
+        *_without_drafts([name for name in drafts if drafts[name] == "absent"], cache),
         *_without_texts(texts, cache),
         *_without_peers(peers, cache),
         *_without_libraries(steps, tasks, settings),
@@ -143,6 +147,7 @@ def look(
         texts=tuple(each for each in texts if first_presence(each, cache) == "to fetch"),
         tasks=tuple(name for name in tasks if task_presence(name, cache) == "to fetch"),
         peers=tuple(peer.text for peer in peers if not _is_installed(peer, cache)),
+        draft_models=tuple(name for name in drafts if drafts[name] == "to fetch"),
     )
     return Readiness(tuple(missing), job)
 
@@ -167,6 +172,12 @@ def _texts(plan: Plan, steps: list[Step], cells: list[Cell]) -> Iterator[tuple[s
             yield from [(quality.own_answers.source,)] if quality.own_answers else ()
         if cell.repeats is None:
             yield (RUNNING_TEXT if prompts is None else prompts,)
+
+
+def _draft_models(cells: list[Cell]) -> list[str]:
+    """Models that only draft, each once."""
+    named = (getattr(cell.decode, "draft_model", None) for cell in cells)
+    return list(dict.fromkeys(source for source in named if source is not None))
 
 
 def _tasks(plan: Plan, cells: list[Cell]) -> tuple[str, ...]:
@@ -204,6 +215,12 @@ def _without_model(plan: Plan, cache: Path) -> Iterator[Missing]:
     model = plan.pipeline.model
     keep = model.keep_blocks
     yield from _refused(partial(resolve_model, model.source, cache, keep_blocks=keep))
+
+
+def _without_drafts(sources: list[str], cache: Path) -> Iterator[Missing]:
+    """Why models that only draft are not available."""
+    for source in sources:
+        yield from _refused(partial(resolve_model, source, cache))
 
 
 def _without_texts(texts: list[tuple[str, ...]], cache: Path) -> Iterator[Missing]:

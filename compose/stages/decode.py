@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from compose.errors import RuleBroken
 from compose.stages.base import UNPACKED, ModelShape, Role, Stage
@@ -13,6 +13,8 @@ from compose.stages.base import UNPACKED, ModelShape, Role, Stage
 COPY_BITS = {"int4": 4, "nf4": 4, "int3": 3, "int2": 2}
 """Bits of a weight in each quantized draft copy."""
 
+WITHOUT_BUDGET = {"learned": "a draft network", "model": "a draft model"}
+"""Values of `draft_weights` that compute all of their branches, and their names in messages."""
 
 PromptBudget = Annotated[float, Field(gt=0, le=1)] | None
 
@@ -119,15 +121,21 @@ class Speculate(DecodeStage):
     """Share of the branches' multiply-adds that drafting computes. With 1, drafting skips nothing.
     """
 
-    draft_weights: Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "auto"] = (
-        "auto"
-    )
+    draft_weights: Literal[
+        "own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "model", "auto"
+    ] = "auto"
     """The draft model: the model's own weights (`own`), the model's own weights with a 4-bit copy
     of the LM head (`int4-head`), a quantized copy of all weights (bitsandbytes' `nf4`, or `int4`,
-    `int3`, `int2`), the small network of the stage `draft-network` (`learned`), or the fastest of
-    these (`auto`). Quantized copies are made while the model is loaded. `auto` measures each draft
-    once for each model and machine. If no draft is faster than plain decoding, `auto` drafts
-    nothing."""
+    `int3`, `int2`), the small network of the stage `draft-network` (`learned`), the model of
+    `draft_model` (`model`), or the fastest of these (`auto`). Quantized copies are made while the
+    model is loaded. `auto` measures each draft once for each model and machine. If no draft is
+    faster than plain decoding, `auto` drafts nothing. The default is `model` if `draft_model` is
+    given."""
+
+    draft_model: str | None = Field(default=None, min_length=1)
+    """Another model that drafts: a folder or a GGUF file (relative to this YAML file), an alias or
+    a hub id. It needs the tokenizer of the pipeline's model, and as many embeddings and logits. It
+    may be compressed. Its own gates and drafts are not used."""
 
     lookup: bool = True
     """Whether to search the text for an earlier occurrence of the last tokens and to propose the
@@ -157,9 +165,11 @@ class Speculate(DecodeStage):
     def _budgets_fit(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if data.get("draft_weights") == "learned":
+        if data.get("draft_model") is not None:
+            data = {"draft_weights": "model", **data}
+        if (draft := data.get("draft_weights")) in WITHOUT_BUDGET:
             if data.get("draft_budget", 1) != 1:
-                raise ValueError("a draft network skips nothing: leave draft_budget out")
+                raise ValueError(f"{WITHOUT_BUDGET[draft]} skips nothing: leave draft_budget out")
             return data | {"draft_budget": 1.0}
         return {"draft_budget": data["verify_budget"], **data} if "verify_budget" in data else data
 
@@ -171,6 +181,32 @@ class Speculate(DecodeStage):
                 " target"
             )
         return self
+
+    @model_validator(mode="after")
+    def _the_draft_model_drafts(self) -> Self:
+        if self.draft_weights == "model" and self.draft_model is None:
+            raise ValueError("draft_weights: model needs draft_model, the model that drafts")
+        if self.draft_model is not None and self.draft_weights not in ("model", "auto"):
+            raise ValueError(
+                f"draft_weights: {self.draft_weights} does not use draft_model: leave one of them"
+                " out"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_draft_models(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The parameters; without a draft model those of earlier versions, whose keys stay."""
+        values: dict[str, Any] = handler(self)
+        if self.draft_model is None:
+            values.pop("draft_model", None)
+        return values
+
+    def identity(self, file_sha256: Mapping[str, str]) -> dict[str, Any]:
+        """As for every stage; the hash of the draft model, where it is given, replaces its name."""
+        identity = super().identity(file_sha256)
+        if (sha256 := file_sha256.get("draft_model")) is not None:
+            identity["params"]["draft_model"] = {"sha256": sha256}
+        return identity
 
     def skips(self) -> bool:
         """Whether drafts, verification or prompts have a budget below 1."""

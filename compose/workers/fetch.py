@@ -53,6 +53,9 @@ def _inputs(job: FetchJob, progress: Progress) -> Iterator[Callable[[], object]]
         progress(0, 1, f"model {job.model}")
         keep = job.keep_blocks
         yield partial(resolve_model, job.model, job.cache, progress, keep_blocks=keep)
+    for source in job.draft_models:
+        progress(0, 1, f"draft model {source}")
+        yield partial(resolve_model, source, job.cache, progress)
 
 
 def _environments(job: FetchJob, progress: Progress) -> Iterator[Callable[[], object]]:

@@ -41,11 +41,12 @@ class DraftConfig:
     length: int | Literal["auto"] = "auto"
     """Number of tokens in each draft, 1 to 16. `auto` sets it from measured cost and acceptance;
     while drafts do not make decoding faster, it is 0."""
-    weights: Weights = "auto"
+    weights: Weights | None = None
     """The draft model: the model's own weights (`own`); these with a 4-bit LM head (`int4-head`); a
     copy of all weights in fewer bits (`int4`, `int3`, `int2` with a 3-bit head, or `nf4`); the
-    small network that the stage `draft-network` trained (`learned`); or `auto`, the fastest of
-    these, measured once per machine."""
+    small network that the stage `draft-network` trained (`learned`); another model, the
+    `draft_model` of `gateskip.load` (`model`); or `auto`, the fastest of these, measured once per
+    machine. None is `model` where one was loaded, and `auto` elsewhere."""
     lookup: bool = True
     """Whether to search the text for an earlier occurrence of the last tokens and to propose the
     tokens that followed it (look-up). The draft model proposes tokens only if look-up finds
@@ -74,7 +75,7 @@ class Settings(PhaseSettings, total=False):
 
     draft_budget: float
     draft_length: int | Literal["auto"]
-    draft_weights: Weights
+    draft_weights: Weights | None
     lookup: bool
     verify_budget: float
 

@@ -12,9 +12,16 @@ from torch import Tensor
 
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.decoding.config import DraftConfig, PhaseSettings, Settings, SkipConfig, grouped
+from gateskip.decoding.draft_cache import DraftCache
 from gateskip.decoding.draft_choice import fastest
 from gateskip.decoding.draft_length import DraftLengthController
-from gateskip.decoding.draft_models import LearnedDraft, Weights, make_draft, reads_text
+from gateskip.decoding.draft_models import (
+    LearnedDraft,
+    Weights,
+    make_draft,
+    reads_text,
+    require_same_vocabulary,
+)
 from gateskip.decoding.phases import FULL, Phase, Phases, check_phases
 from gateskip.decoding.prefill import commit_next, prefill
 from gateskip.decoding.rows import Row, StopConditions
@@ -33,6 +40,8 @@ Mode = Literal["plain", "skip", "speculate"]
 Target = Literal["gated", "original"]
 IN_ONE_CALL = 32  # tokens of a row
 NO_NETWORK = "this folder has no draft network: the stage draft-network trains one"
+NO_MODEL = "draft_weights 'model': no draft model was loaded; gateskip.load takes a draft_model"
+WITHOUT_BUDGET: tuple[Weights, ...] = ("learned", "model")  # drafts that skip nothing
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which a draft copy is fitted
 
 
@@ -49,6 +58,7 @@ class Decoder:
             `own`.
         fallback: the reason why `auto` did not take the backend `native`.
         network: the draft network, named `learned`, where the folder has one.
+        draft_model: another model that drafts, named `model`, where `draft_by` was given one.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class Decoder:
         self.kernel_times, self.network = dict(kernel_times or {}), network
         self._controllers: dict[Any, DraftLengthController] = {}  # by kind of draft
         self._drafters: dict[str, SkippingModel] = {"own": skipping}
+        self.draft_model: SkippingModel | None = None
         self._fastest: dict[float, tuple[Weights | None, bool]] = {}  # draft, if it pays, by budget
 
     @property
@@ -142,8 +153,18 @@ class Decoder:
     def _budgets(self) -> CalibratedBudgets:
         return CalibratedBudgets(self.grid, self._kept, self._between, prompts=self._prompts)
 
+    def draft_by(self, other: Decoder) -> None:
+        """Let another model draft, at full compute: the draft named `model`.
+
+        Raises ValueError where it has another tokenizer, or other numbers of embeddings or logits.
+        """
+        model, draft = self.skipping.model, other.skipping.model
+        require_same_vocabulary(model, self.tokenizer, draft, other.tokenizer)
+        self.draft_model = self._drafters["model"] = other.skipping
+        self.forget_draft_costs()
+
     def models(self) -> list[SkippingModel]:
-        """The model, and the draft copies that exist."""
+        """The model, and the models that draft for it: another one, and copies that exist."""
         return list(self._drafters.values())
 
     def tensors(self) -> Iterator[Tensor]:
@@ -158,12 +179,13 @@ class Decoder:
         if self.network is not None:
             yield from self.network.network.state_dict().values()
 
-    def prepare_drafts(self, weights: Weights = "auto", budget: float = 1.0) -> None:
+    def prepare_drafts(self, weights: Weights | None = None, budget: float = 1.0) -> None:
         """Make the draft model now; `auto` first chooses it. Without this call, the first call of
         `generate` that drafts makes it.
 
         Raises ValueError if the copy is impossible, or if a folder has no network for `learned`.
         """
+        weights = self._weights(weights)
         if weights == "auto":
             weights = self.fastest_draft(budget)[0] or "own"
         if weights != "learned":
@@ -173,12 +195,16 @@ class Decoder:
         else:
             self.network.prepare()
 
-    def drafter(self, weights: Weights, budget: float = 1.0) -> SkippingModel:
-        """The draft model: the model itself, or its quantized copy, made on first use; `auto` is
-        the fastest draft at a budget.
+    def _weights(self, weights: Weights | None) -> Weights:
+        """The draft of a setting that may be left out."""
+        return weights or ("auto" if self.draft_model is None else "model")
 
-        Raises ValueError where no copy is possible, and for a draft network, which is not a causal
-        LM.
+    def drafter(self, weights: Weights, budget: float = 1.0) -> SkippingModel:
+        """The draft model: the model itself, its quantized copy, made on first use, or the other
+        model that was loaded; `auto` is the fastest draft at a budget.
+
+        Raises ValueError where no copy is possible, where no other model was loaded, and for a
+        draft network, which is not a causal LM.
         """
         if weights == "learned":
             raise ValueError("a draft network is not a causal LM: see prepare_drafts")
@@ -187,6 +213,8 @@ class Decoder:
             raise ValueError(f"draft_weights {weights!r}: one of {names}")
         if weights == "auto":
             weights = self.fastest_draft(budget)[0] or "own"
+        if weights == "model" and self.draft_model is None:
+            raise ValueError(NO_MODEL)
         if weights not in self._drafters:
             blocks = write(self, *SELF_WRITTEN) if reads_text(weights) else None
             self._drafters[weights] = make_draft(self.skipping, weights, blocks)
@@ -283,6 +311,11 @@ class Decoder:
             else:
                 cache, _ = prefill(self.skipping, rows, phases, sampler, stats)
                 started = time.perf_counter()
+                if drafting.weights == "model" and not all(row.ended for row in rows):
+                    kind = self.skipping.kv_cache
+                    drafting.own_cache = DraftCache(drafting.model, rows, kind)
+                    stats.prefill_s += time.perf_counter() - started
+                    started = time.perf_counter()
                 limits = phases.answer
                 speculate(self.skipping, rows, drafting, sampler, cache, limits, stats)
                 stats.decode_s = time.perf_counter() - started
@@ -292,12 +325,12 @@ class Decoder:
     def _drafting(self, draft: DraftConfig, batch: int) -> Drafting | None:
         """The drafting of one call; None for plain decoding where no draft is faster on this
         machine."""
-        weights, length = draft.weights, draft.length
-        thresholds = None if weights == "learned" else self.thresholds(draft.budget)
-        pays = weights != "own" or thresholds is not None  # else the draft is the model itself
+        weights, length = self._weights(draft.weights), draft.length
+        pays = weights != "own" or draft.budget < 1.0  # else the draft is the model itself
         if weights == "auto":
             chosen, pays = self.fastest_draft(draft.budget)
             weights = chosen or "own"
+        thresholds = None if weights in WITHOUT_BUDGET else self.thresholds(draft.budget)
         if weights == "learned" and self.network is None:
             raise ValueError(NO_NETWORK)
         pays = pays or length != "auto"  # what is forced is drafted whatever it costs

@@ -50,6 +50,7 @@ class Decodes(Protocol):
 
     skipping: SkippingModel
     network: LearnedDraft | None
+    draft_model: SkippingModel | None
     tokenizer: Any
 
     def thresholds(self, budget: float) -> Thresholds:
@@ -67,13 +68,17 @@ def fastest(decoder: Decodes, budget: float) -> tuple[Weights | None, bool]:
 
     Within `autotune.by_capability` nothing is timed: the first candidate is taken.
     """
-    names = candidates(decoder.skipping, budget, decoder.network is not None)
+    given: list[Weights] = ["learned"] if decoder.network is not None else []
+    given += ["model"] if decoder.draft_model is not None else []
+    names = candidates(decoder.skipping, budget, given)
     if not names:
         return None, False
     model, threads = decoder.skipping.model, torch.get_num_threads()
     identity = f"{weight_format(model)} {fingerprint(model, decoder.thresholds(budget))}"
     if decoder.network is not None:
         identity += f" {fingerprint(decoder.network.network, None)}"
+    if decoder.draft_model is not None:
+        identity += f" {fingerprint(decoder.draft_model.model, None)}"
     drafts = f"drafted by {', '.join(names)}, {threads} threads"
     question = f"times as fast as plain decoding of {identity} {drafts}"
     measured: Speeds | None = autotune.choice(question, partial(speeds, decoder, names, budget))

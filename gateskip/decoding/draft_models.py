@@ -1,9 +1,10 @@
-"""Draft models: the model itself, a cheaper copy of its weights, or a small network."""
+"""Draft models: the model itself, a copy of its weights, a small network, or another model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ from gateskip.runtime.backend import SampledTokens, SampleRequest
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
-Weights = Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "auto"]
+Weights = Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "model", "auto"]
 """The draft model: the model's own weights; these with a 4-bit LM head; a quantized copy; a trained
-small network; or the one of these that is measured to be the fastest (draft_choice.py)."""
+small network; another model with the same tokenizer; or the one of these that is measured to be the
+fastest (draft_choice.py)."""
 MAX_DRAFTED = 65536
 """Number of tokens that copies can draft: 94 to 97 % of the tokens that Gemma 3 270M writes. A full
 LM head of 262144 tokens would be more than half of a copy. Fewer tokens lose as much acceptance as
@@ -81,12 +83,13 @@ def draft_copies(skipping: SkippingModel) -> list[Weights]:
 
 
 def candidates(
-    skipping: SkippingModel, budget: float = 1.0, learned: bool = False
+    skipping: SkippingModel, budget: float = 1.0, given: Sequence[Weights] = ()
 ) -> list[Weights]:
-    """Drafts at a budget that may be faster for a model: a trained network (`learned`), integer
-    copies where the compiled kernels run them, and below full compute the model's own weights."""
+    """Drafts at a budget that may be faster for a model: those `given` with it (a trained network,
+    another model), integer copies where the compiled kernels run them, and below full compute the
+    model's own weights."""
     copies = [] if skipping.engine is None else draft_copies(skipping)
-    names: list[Weights] = ["learned"] if learned else []
+    names: list[Weights] = list(given)
     names += [name for name in copies if name != "nf4"]
     if budget < 1:
         head = skipping.model.get_output_embeddings()
@@ -99,6 +102,42 @@ def is_possible(skipping: SkippingModel, weights: Weights) -> bool:
     """Whether this draft is possible for a model."""
     bits = copy_bits(weights)
     return bits is None or can_copy(skipping.model, bits)
+
+
+def require_same_vocabulary(model: Any, tokenizer: Any, draft: Any, drafts_tokenizer: Any) -> None:
+    """Refuse a draft model whose token ids mean something else.
+
+    Raises ValueError where the tokenizers' vocabularies differ, or the models have another number
+    of embeddings or of logits.
+    """
+    ours, drafts = tokenizer.get_vocab(), drafts_tokenizer.get_vocab()
+    if ours != drafts:
+        first = min(ours.items() ^ drafts.items(), key=lambda item: (item[1], item[0]))[0]
+        raise ValueError(
+            f"the draft model has another tokenizer: {first!r} is"
+            f" {_named(ours.get(first))} of the model and {_named(drafts.get(first))} of the draft"
+            " model; take a model of the same family"
+        )
+    for part, sizes in (("embeddings", embeddings), ("logits", logits)):
+        if sizes(model) != sizes(draft):
+            raise ValueError(
+                f"the draft model has {sizes(draft)} {part} and the model {sizes(model)}: take a"
+                " draft model with as many"
+            )
+
+
+def embeddings(model: Any) -> int:
+    """Number of tokens that a model can read."""
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def logits(model: Any) -> int:
+    """Number of tokens that a model can predict."""
+    return int(model.get_output_embeddings().out_features)
+
+
+def _named(token: int | None) -> str:
+    return "no token" if token is None else f"token {token}"
 
 
 class LearnedDraft:

@@ -35,7 +35,7 @@ def prefill(
     started = time.perf_counter()
     longest = max(len(row.prompt) for row in rows)
     cache = model.new_cache(len(rows), cache_capacity(longest, rows[0].stops.limit))
-    states = _prefill_together(model, rows, cache, phases)
+    states = fill(model, rows, cache, phases)
     used = model.usage.copy()
     if phases.apart:
         last = [row.prompt[-1:] for row in rows]
@@ -49,7 +49,7 @@ def prefill(
     return cache, used
 
 
-def _prefill_together(
+def fill(
     model: SkippingModel, rows: Sequence[Row], cache: Cache, phases: Phases
 ) -> Sequence[Tensor]:
     """Fill the cache with the part of the prompts that passes together; returns the final state [H]

@@ -1,9 +1,10 @@
 """Self-speculation: rounds in which tokens are drafted and verified.
 
 Drafts are cheap. They come from a low skip budget, from copies of the weights in fewer bits, from a
-small network, or from look-up in the text. Verification is a pass at full compute. Both write the
-cache. Drafts attend to the committed, fully computed entries; a verify pass overwrites the drafts'
-entries; and entries of rejected tokens are beyond the row's length and are overwritten in turn.
+small network, from another model, or from look-up in the text. Verification is a pass at full
+compute. Both write the cache. Drafts attend to the committed, fully computed entries; a verify pass
+overwrites the drafts' entries; and entries of rejected tokens are beyond the row's length and are
+overwritten in turn. Another model has its own cache: see draft_cache.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gateskip.decoding.draft_cache import DraftCache
 from gateskip.decoding.draft_length import MAX_ROUNDS, DraftLengthController
 from gateskip.decoding.draft_models import LearnedDraft
 from gateskip.decoding.rows import Row, Tokens
@@ -72,7 +74,8 @@ class Drafting:
 
     With `lookup`, tokens that the text itself proposes come first. Controllers, if any, set the
     lengths. `weights` names the model; `none` never drafts, so that look-up alone does. A `network`
-    drafts instead of the model, from the final state before a row's last token.
+    drafts instead of the model, from the final state before a row's last token. A model with other
+    keys and values than the verifying one has its `own_cache`.
     """
 
     model: SkippingModel
@@ -83,6 +86,7 @@ class Drafting:
     lookup_controller: DraftLengthController | None = None
     weights: str = "own"
     network: LearnedDraft | None = None
+    own_cache: DraftCache | None = None
 
     def native(self) -> bool:
         """Whether rounds of one row can be one call of the kernels."""
@@ -101,23 +105,37 @@ class Drafting:
             return drafts
         growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.limit]
         while growing:
+            unread = [self._unread(draft, row) for draft, row in growing]
             states = self.model.decode(
-                [[[row.last, *draft.tokens][-1]] for draft, row in growing],
-                cache,
+                unread,
+                cache if self.own_cache is None else self.own_cache.cache,
                 [row.number for _, row in growing],
-                [row.slot + len(draft.tokens) for draft, row in growing],
+                [
+                    row.slot + len(draft.tokens) + 1 - len(tokens)
+                    for (draft, row), tokens in zip(growing, unread, strict=True)
+                ],
                 self.thresholds,
             )
-            for (draft, row), logits in zip(growing, self.model.head(states), strict=True):
+            last = torch.tensor(list(map(len, unread)), device=states.device).cumsum(0) - 1
+            for (draft, row), logits in zip(growing, self.model.head(states[last]), strict=True):
                 draft.extend(logits, row, sampler, self.controller)
             growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.limit]
         return drafts
+
+    def _unread(self, draft: Draft, row: Row) -> Tokens:
+        """The tokens that the draft model reads to draft one more."""
+        if draft.tokens:
+            return draft.tokens[-1:]
+        return [row.last] if self.own_cache is None else self.own_cache.missing(row)
 
     def _in_one_call(self, draft: Draft, row: Row, sampler: Sampler, cache: Cache) -> None:
         """A draft of one row, where the backend makes it in a single call."""
         if draft.looked_up or not draft.limit:
             return
         assert self.model.row_decoder is not None
+        if self.own_cache is not None:
+            self.own_cache.catch_up(row)
+            cache = self.own_cache.cache
         request, place = self._request(draft, row, sampler), (cache, row.number, row.slot)
         draft.take(self.model.row_decoder.sample(request, place, self.thresholds))
 
@@ -183,6 +201,11 @@ class Drafting:
         used = (self.weights != "none", self.controller), (self.lookup, self.lookup_controller)
         return [controller for drafts, controller in used if drafts and controller is not None]
 
+    def verified(self, row: int, slot: int, verified: Verified) -> None:
+        """Tell the draft's own cache the outcome of a draft after position `slot`."""
+        if self.own_cache is not None and verified.drafted and not verified.looked_up:
+            self.own_cache.drafted(row, slot, verified.drafted, verified.accepted)
+
     def observe(self, done: Round) -> None:
         """Tell the controllers a round's cost and accepted tokens, or its number of plain steps."""
         if self.controller is None or self.lookup_controller is None:
@@ -234,6 +257,9 @@ def _rounds_of(
     """Some rounds of one row in one native call."""
     assert row.state is not None, "prefill keeps each row's state"
     drafted, looked_up, rounds, drafts = drafting.lengths()
+    own_cache = drafting.own_cache if drafted else None
+    if own_cache is not None:
+        own_cache.catch_up(row)
     request = SpeculationRequest(
         token=row.last,
         state=row.state,
@@ -249,8 +275,15 @@ def _rounds_of(
         uniform=row.uniforms,
     )
     drafter = None if drafting.network is not None else drafting.model
-    place = (cache, row.number, row.slot)
-    done, row.state = model.speculate(request, drafter, place, limits, drafting.thresholds)
+    slot = row.slot
+    done, row.state = model.speculate(
+        *(request, drafter, (cache, row.number, slot), limits, drafting.thresholds),
+        None if own_cache is None else own_cache.cache,
+    )
+    for one in done:
+        (verified,) = one.rows
+        drafting.verified(row.number, slot, verified)
+        slot += (verified.accepted + 1) * one.steps
     return done
 
 
@@ -264,6 +297,7 @@ def _round(
 ) -> Round:
     """One round of some rows."""
     begun = time.perf_counter()
+    slots = [row.slot for row in rows]
     drafts = drafting.make(rows, sampler, cache)
     drafted = time.perf_counter()
     accepted = _verify(model, rows, drafts, sampler, cache, limits)
@@ -271,6 +305,8 @@ def _round(
         Verified(len(draft.tokens), count, draft.looked_up, draft.probabilities)
         for draft, count in zip(drafts, accepted, strict=True)
     ]
+    for row, slot, one in zip(rows, slots, verified, strict=True):
+        drafting.verified(row.number, slot, one)
     return Round(verified, drafted - begun, time.perf_counter() - drafted)
 
 

@@ -300,10 +300,13 @@ class RowDecoder(Backend[CacheT], Protocol[CacheT]):
         place: tuple[CacheT, int, int],
         thresholds: Thresholds = None,
         draft_thresholds: Thresholds = None,
+        draft_cache: CacheT | None = None,
     ) -> tuple[list[Round], Tensor]:
         """Rounds of speculation of one row, drafted by a model, or without one by the draft network
         of this backend's engine; and the final state [H] before the last token. `place` is as in
-        `sample`. Plain steps that follow each other are one round."""
+        `sample`. A `draft_cache` is the drafter's own, and has the row's tokens before the last
+        one; without it both models share a cache. Plain steps that follow each other are one
+        round."""
         ...
 
     def draw(self, logits: Tensor, sampling: Sampling, uniform: float) -> int:

@@ -266,6 +266,7 @@ class Engine:
         place: tuple[KVCache, int, int],
         thresholds: Sequence[float] | None,
         draft_thresholds: Sequence[float] | None,
+        draft_cache: KVCache | None = None,
     ) -> tuple[list[Round], Tensor]:
         """Rounds of one row, plain steps one by one, and the final state [H] before the last token:
         see `RowDecoder.speculate`. Without a drafter the draft network drafts."""
@@ -293,11 +294,14 @@ class Engine:
             on_token=abi.OnToken(guarded(request.on_token, raised, 1)),
             round=(abi.Round * request.max_rounds)(),
             probabilities=probabilities.data_ptr(),
+            cap=self._cap or 0.0,
         )
         step = self._step(hidden, first, thresholds)
         held = self._thresholds  # which the drafts' may replace, if they are this engine's
         by = drafter or self
         drafts = by._add_drafts(call, request, drafter is None, row, draft_thresholds)
+        if draft_cache is not None:
+            call.draft_cache = ctypes.pointer(by._view(draft_cache))
         drawn = self._add_sampling(call, request, 1 + longest)
         ops.speculate(self.model, self._view(cache), step, self.head, call, self._arena)
         del held, drafts, drawn

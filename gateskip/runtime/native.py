@@ -145,12 +145,15 @@ class NativeBackend(GatheredPass, RowDecoder[KVCache]):
         place: tuple[KVCache, int, int],
         thresholds: Thresholds = None,
         draft_thresholds: Thresholds = None,
+        draft_cache: KVCache | None = None,
     ) -> tuple[list[Round], Tensor]:
         """See `RowDecoder.speculate`."""
         cache, row, slot = place
         cache.begin([row], [slot], [1])
         engine = None if drafter is None else drafter.engine
-        rounds, state = self.engine.speculate(request, engine, place, thresholds, draft_thresholds)
+        rounds, state = self.engine.speculate(
+            request, engine, place, thresholds, draft_thresholds, draft_cache
+        )
         verified, drafted = list[tuple[int, int]](), list[tuple[int, int]]()
         first, end = slot, slot + 1
         for (draft,) in (one.rows for one in rounds):
@@ -160,6 +163,9 @@ class NativeBackend(GatheredPass, RowDecoder[KVCache]):
             end = max(end, slot + draft.drafted + 1)
             slot += draft.accepted + 1
         cache.begin([row], [first], [end - first])
+        if draft_cache is not None and drafted:
+            read = max(start + count for start, count in drafted)
+            draft_cache.begin([row], [first], [read - first])
         if drafter is self:
             verified, drafted = verified + drafted, []
         self._count(*verified)

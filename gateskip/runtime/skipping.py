@@ -268,12 +268,15 @@ class SkippingModel:
         place: tuple[Cache, int, int],
         thresholds: Limits = None,
         draft_thresholds: Thresholds = None,
+        draft_cache: Cache | None = None,
     ) -> tuple[list[Round], Tensor]:
         """Rounds of speculation of one row in one call: see `RowDecoder`."""
         assert self.row_decoder is not None, "ask `speculates`"
         assert not isinstance(thresholds, BudgetControl), "ask `speculates`"
         by = None if drafter is None else drafter.row_decoder
-        rounds, state = self.row_decoder.speculate(request, by, place, thresholds, draft_thresholds)
+        rounds, state = self.row_decoder.speculate(
+            request, by, place, thresholds, draft_thresholds, draft_cache
+        )
         passed = sum((one.rows[0].drafted + 1) * one.steps for one in rounds)
         self._count_full(thresholds, passed)
         return rounds, state

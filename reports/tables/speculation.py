@@ -62,10 +62,13 @@ def drafted_by_entry(report: Report, row: Row) -> Entry:
 def _draft_model(row: Row) -> str:
     """The weights that drafted beside look-up: those chosen by timing, or those of the settings."""
     record = row.cell.speculation
-    if record is not None and record.draft_weights:
-        return record.draft_weights
+    if record is not None and record.draft_weights not in (None, "model"):
+        return str(record.draft_weights)
     steps = [step for step in row.cell.steps or () if step.use == "speculate"]
-    name = str((steps[-1].model_extra or {}).get("draft_weights")) if steps else "auto"
+    given = (steps[-1].model_extra or {}) if steps else {"draft_weights": "auto"}
+    name = str(given.get("draft_weights"))
+    if record is not None and record.draft_weights == "model":
+        return f"the draft model {given.get('draft_model', '')}".strip()
     return {"own": "the model itself", "auto": "a draft model", "None": "a draft model"}.get(
         name, name
     )

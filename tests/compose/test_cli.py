@@ -642,8 +642,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         *("--by-estimate", "--maximize", "--min-retained", "--minimize", "--require-lossless"),
     ]
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
-    spoken = [*drawn[:-1], "--budget", "--max-new-tokens", "--speculate"]
-    asked = ["--keep-blocks", "--stats", "folder", "prompt"]
+    spoken = [*drawn[:-1], "--budget", "--draft-model", "--max-new-tokens", "--speculate"]
+    asked = ["--draft-model", "--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
         "compress": sorted(
             [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,18 @@ def stored_as(source: Path, dtype: str, folder: Path) -> Path:
 
     load_model(source, "float32").to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def first_layers(source: Path, target: Path, count: int) -> Path:
+    """A model of the first layers of another one, with its tokenizer: it drafts for it."""
+    from gateskip.quantization.folders import load_model
+
+    shutil.copytree(source, target)
+    model = load_model(source, "float32")
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    model.save_pretrained(target)
+    return target
 
 
 def save_gated(

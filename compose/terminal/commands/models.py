@@ -14,6 +14,7 @@ from compose.terminal.commands.options import (
     AsJson,
     BlocksOrNot,
     Budget,
+    DraftModel,
     MaxNewTokens,
     ModelFolder,
     Quiet,
@@ -30,6 +31,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 1024,
     budget: Budget = None,
     speculate: Speculate = None,
+    draft_model: DraftModel = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -41,8 +43,9 @@ def chat(
     from compose.terminal.chat import chat as chat_with
 
     folder = _told(folder, keep_blocks)
+    draft = None if draft_model is None else _told(draft_model, None)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed))
+    chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed, draft))
 
 
 def generate(
@@ -53,6 +56,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     budget: Budget = None,
     speculate: Speculate = None,
+    draft_model: DraftModel = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -73,6 +77,7 @@ def generate(
     from compose.terminal.show import stats_text
 
     folder = _told(folder, keep_blocks)
+    draft = None if draft_model is None else _told(draft_model, None)
     streams = sys.stdout.isatty()
     answer = ask_once(
         AnswerJob(
@@ -84,6 +89,7 @@ def generate(
             sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
             seed=seed,
             stop=tuple(stop or ()),
+            draft_model=draft,
         ),
         show_text if streams else None,
     )

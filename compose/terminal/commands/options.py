@@ -132,6 +132,13 @@ Speculate = Annotated[
     bool | None,
     typer.Option(help="Decode with or without drafts; the folder sets the default."),
 ]
+DraftModel = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Let another model with the same tokenizer draft: a folder, or a GGUF file.",
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(metavar="NUMBER", min=0.0, help="Sampling temperature; 0 decodes greedily.")
 ]

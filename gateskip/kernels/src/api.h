@@ -276,11 +276,14 @@ typedef struct Speculation {
   Embedding embedding;         /* of the model that verifies */
   const Model* draft_model;    /* with `draft_step`, a step of one row whose slot is moved; or null */
   const Step* draft_step;
+  const CacheView* draft_cache; /* the draft model's own, which has the row's text up to the last token; or null: both
+                                   models share a cache */
   const DraftNetwork* network; /* drafts from `state`; or null */
   DecodeRequest* drafting;     /* how either drafts; its token, count and probabilities are set in every round */
   float* state;                /* [H]: the final state before the last token, in and out */
   Propose* propose;
   OnToken* on_token;     /* called with each token that is committed */
+  float cap;             /* of the logits of the model that verifies, as in DecodeRequest */
   float* logits;         /* [1 + max(draft_length, lookup_length), V rounded up to 8] where tokens are drawn, or null */
   float* shares;         /* [V rounded up to 8], the same */
   const double* uniform; /* [rounds, 1 + draft_length + max(draft_length, lookup_length)], from 0 to 1: for each that is

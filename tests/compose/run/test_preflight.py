@@ -79,6 +79,18 @@ def test_a_text_that_stages_read(tmp_path: Path) -> None:
     assert unread.missing == (), "no chain has these stages"
 
 
+def test_a_draft_model(tmp_path: Path) -> None:
+    named = {
+        "here": {"use": "speculate", "draft_model": "smollm2-135m-instruct"},
+        "nowhere": {"use": "speculate", "draft_model": "nobody/nothing"},
+    }
+    ready = found(tmp_path, stages=named, pipelines={"a": ("here",)})
+    assert ready.missing == () and "draft model smollm2-135m-instruct" in ready.fetched()
+    ready = found(tmp_path, stages=named, pipelines={"a": ("nowhere",)})
+    assert "'nobody/nothing' cannot be had" in said(ready) and ready.to_fetch.draft_models == ()
+    assert found(tmp_path, stages=named).to_fetch.draft_models == (), "no chain has these stages"
+
+
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "whole"}\n{"text": ')

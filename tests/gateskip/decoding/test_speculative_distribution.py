@@ -26,7 +26,9 @@ from drafts import SKIPPING
 from gateskip.decoding import sampling
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_models import LearnedDraft
+from gateskip.decoding.rows import Row
 from gateskip.decoding.sampling import Distribution, Sampler, accept_or_resample, draw
+from gateskip.decoding.speculation import Draft
 from gateskip.decoding.stats import Stats
 from gateskip.gates.learned import ScalarGates
 from gateskip.kernels import ops
@@ -249,7 +251,8 @@ def with_few_words(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def decoder(make_tiny: Callable[..., Path]) -> Decoder:
-    """A model of six tokens; its weights disturbed draft, or its own with branches skipped."""
+    """A model of six tokens; its weights disturbed draft, its own with branches skipped, or a
+    smaller model with a cache of its own."""
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8}
     models = [load_model(make_tiny("llama", **sizes), "float32") for _ in range(2)]
     noise = torch.Generator().manual_seed(0)
@@ -261,6 +264,9 @@ def decoder(make_tiny: Callable[..., Path]) -> Decoder:
     shut = {0.5: [math.inf] * 4}  # every token but the first skips every branch
     decoder = Decoder(SkippingModel(models[0], gates), None, shut)
     decoder._drafters["int4"] = SkippingModel(models[1], gates)
+    smaller: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 48, "head_dim": 16}
+    small = with_few_words(load_model(make_tiny("llama", 3, **smaller), "float32"))
+    decoder.draft_model = decoder._drafters["model"] = SkippingModel(small)
     return decoder
 
 
@@ -282,11 +288,14 @@ def of_sequences(decoder: Decoder, prompt: Sequence[int] = PROMPT) -> dict[tuple
 
 
 BY_INT4: dict[str, Any] = {"draft_weights": "int4", "lookup": False}
+BY_MODEL: dict[str, Any] = {"draft_weights": "model", "lookup": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "plain"},
     "branches skipped, 1": {"mode": "speculate", "draft_length": 1, **SKIPPING},
     "branches skipped, 3": {"mode": "speculate", "draft_length": 3, **SKIPPING},
     "other weights, 3": {"mode": "speculate", "draft_length": 3, **BY_INT4},
+    "another model, 1": {"mode": "speculate", "draft_length": 1, **BY_MODEL},
+    "another model, 3": {"mode": "speculate", "draft_length": 3, **BY_MODEL},
 }
 
 
@@ -330,6 +339,8 @@ def test_generate_draws_from_the_model(
         ("no draw below one half", "other weights, 3"),
         ("always", "other weights, 3"),
         ("replaced by the target", "other weights, 3"),
+        ("always", "another model, 3"),
+        ("replaced by the target", "another model, 3"),
     ],
 )
 def test_generate_with_a_wrong_rule_is_rejected(
@@ -343,12 +354,40 @@ def test_generate_with_a_wrong_rule_is_rejected(
     assert furthest(written(decoder, kind), probabilities, SPANS) > FAR
 
 
+def at_another_temperature(self: Draft, logits: Any, row: Row, sampler: Any, _: Any) -> None:
+    """A draft that states other probabilities than those from which it was drawn."""
+    self.tokens.append(draw(sampler.distribution(logits, ()), row.generator))
+    self.drawn_from.append(Sampler(temperature=0.5).distribution(logits, ()))
+
+
+def greedily(self: Draft, logits: Any, row: Row, sampler: Any, _: Any) -> None:
+    """A draft of the argmax that states probabilities, as if it had been drawn."""
+    self.tokens.append(int(logits.argmax()))
+    self.drawn_from.append(sampler.distribution(logits, ()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [at_another_temperature, greedily])
+def test_another_model_that_is_not_sampled_as_stated_is_rejected(
+    decoder: Decoder,
+    probabilities: dict[tuple[int, ...], float],
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: Any,
+) -> None:
+    """Sampled generation with an assistant model gave another distribution: transformers issue
+    47932."""
+    monkeypatch.setattr(Draft, "extend", wrong)
+    assert furthest(written(decoder, "another model, 3"), probabilities, SPANS) > FAR
+
+
 # -- rows alone, whose rounds are one native call ----------------------------------------------
 
 REPEATS = [5, 2, 0, 4, 5, 2]  # after 0 the text proposes 4 and 5
 ALONE: dict[str, tuple[Sequence[int], dict[str, Any]]] = {
     "branches skipped": (PROMPT, SKIPPING),
     "other weights": (PROMPT, BY_INT4),
+    "another model": (PROMPT, BY_MODEL),
+    "another model and look-up": (REPEATS, BY_MODEL | {"lookup": True}),
     "network": (PROMPT, {"draft_weights": "learned", "lookup": False}),
     "looked up": (REPEATS, {"draft_weights": "int4"}),
 }
@@ -361,12 +400,13 @@ def alone(decoder: Decoder) -> Decoder:
     network = DraftNetwork(32, 48, torch.tensor([0, 2, 3, 5])).requires_grad_(False)
     for part in network.parameters():
         part.add_(0.3 * torch.randn(part.shape))
-    skipping, other = (
+    skipping, other, another = (
         SkippingModel(each.model, each.gates, backend="native", rounded=False)
-        for each in (decoder.skipping, decoder.drafter("int4"))
+        for each in (decoder.skipping, decoder.drafter("int4"), decoder.drafter("model"))
     )
     made = Decoder(skipping, None, decoder.grid, network=LearnedDraft(skipping, network))
     made._drafters["int4"] = other
+    made.draft_model = made._drafters["model"] = another
     return made
 
 
@@ -384,7 +424,7 @@ def written_alone(decoder: Decoder, kind: str) -> Counter[tuple[int, ...]]:
         counts[tuple(text)] += 1
         stats.add(made.stats)
     assert 0.1 < (stats.acceptance_rate or 0) <= 1
-    assert (stats.looked_up > 0) == (kind == "looked up")
+    assert (stats.looked_up > 0) == (prompt is REPEATS)
     return counts
 
 
@@ -397,7 +437,7 @@ def test_a_row_alone_is_drawn_from_the_model(alone: Decoder, kind: str) -> None:
 
 @native
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["other weights", "network", "looked up"])
+@pytest.mark.parametrize("kind", ["other weights", "another model", "network", "looked up"])
 def test_a_row_alone_that_accepts_everything_is_rejected(
     alone: Decoder, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

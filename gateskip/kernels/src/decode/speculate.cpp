@@ -1,4 +1,5 @@
 // Rounds of speculation of one row in one call: a draft, the pass that verifies it, and what of it is accepted.
+#include "../linear/share.h"
 #include "../simd/rows.h"
 
 #ifdef __AVX2__
@@ -40,6 +41,7 @@ class Rounds {
     verify(round.drafted);
     round.accepted = s.logits ? accept_drawn(round) : accept_greedy(round.drafted);
     std::copy_n(step_.hidden + int64_t(round.accepted) * m_.hidden, m_.hidden, s.state);
+    if (s.draft_cache) note_missing(round);
     commit(round.accepted + 1);
     round.draft_s = float(drafted - begun), round.verify_s = float(omp_get_wtime() - drafted);
   }
@@ -54,10 +56,26 @@ class Rounds {
       std::copy_n(s.state, m_.hidden, draft_state_.data());
       gateskip_decode_by_network(s.network, draft_state_.data(), &r, arena_, threads_);
     } else {
+      if (!missing_.empty()) catch_up();
       *const_cast<int32_t*>(s.draft_step->slot) = slot_;
-      gateskip_decode(s.draft_model, &c_, s.draft_step, &r, arena_, threads_);
+      gateskip_decode(s.draft_model, s.draft_cache ? s.draft_cache : &c_, s.draft_step, &r, arena_, threads_);
     }
     return r.count;
+  }
+
+  // The draft's own cache gets the tokens before the last one that it lacks
+  void catch_up() {
+    const int count = int(missing_.size()), hidden = s.draft_model->hidden;
+    std::vector<float> states(size_t(count) * hidden);
+    std::vector<int32_t> rows(count, s.draft_step->cache_row[0]), slots(count);
+    for (int r = 0; r < count; r++) {
+      slots[r] = slot_ - count + r;
+      embed(s.drafting->embedding, missing_[r], 0, hidden, states.data() + int64_t(r) * hidden);
+    }
+    Step step = *s.draft_step;
+    step.rows = count, step.cache_row = rows.data(), step.slot = slots.data(), step.hidden = states.data();
+    gateskip_step(s.draft_model, s.draft_cache, &step, arena_, threads_);
+    missing_.clear();
   }
 
   void verify(int drafted) {
@@ -97,7 +115,7 @@ class Rounds {
   // Of the token after i drafted ones
   const float* logits(int i) const {
     float* logits = s.logits + int64_t(i) * up_to_eights(head_.n);
-    const float cap = s.drafting->cap;
+    const float cap = s.cap;
     for (int v = head_.n; v % 8; v++) logits[v] = 0;
     for (int v = 0; cap && v < head_.n; v += 8) store(logits + v, capped(load(logits + v), cap));
     return logits;
@@ -123,6 +141,12 @@ class Rounds {
     }
   }
 
+  // The draft's own cache has the tokens that it read to draft: the last one, and all of the draft but its end
+  void note_missing(const Round& round) {
+    const int read = round.looked_up ? 0 : std::min(round.drafted, round.accepted + 1);
+    missing_.insert(missing_.end(), tokens_.begin() + read, tokens_.begin() + round.accepted + 1);
+  }
+
   void commit(int count) {
     for (int i = 0; i < count && !stopped_; i++) stopped_ = s.on_token(sampled_[i]);
     tokens_[0] = sampled_[count - 1], slot_ += count, s.remaining -= count;
@@ -137,6 +161,7 @@ class Rounds {
   const int threads_;
   const int max_draft_;  // tokens of a draft
   std::vector<int32_t> tokens_, sampled_, rows_, slots_;  // the last token and its draft; what follows each of them
+  std::vector<int32_t> missing_;    // tokens before the last one that the draft's own cache lacks
   std::vector<float> draft_state_;  // which a network moves on
   int32_t slot_;  // of the last token
   const double* uniform_ = nullptr;  // of this round
