@@ -81,7 +81,7 @@ class StepKeys:
                 "parent": parent,
                 "seed": seed,
                 "dtype": self._pipeline.model.dtype,
-                "data": {split: self._data_identity(split) for split in stage.reads_data},
+                "data": {split: self.data_identity(split) for split in stage.reads_data},
             }
         )
 
@@ -93,7 +93,12 @@ class StepKeys:
             return {"sha256": self._model_sha256}
         return {"folder": source, "files": listing(folder)}
 
-    def _data_identity(self, split: Literal["train", "calibration"]) -> dict[str, Any]:
+    def data_identity(self, split: Literal["train", "calibration"]) -> dict[str, Any]:
+        """What stands for the text of a split in a key.
+
+        Raises:
+            PlanError: a file of it cannot be read.
+        """
         spec: DataSpec = getattr(self._pipeline.data, split)
         identity: dict[str, Any] = {"limit": spec.limit, "length": spec.length}
         if spec.answered:
@@ -146,8 +151,16 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def cell_key(weights: str, decode: Stage | None, peer: str | None = None) -> str:
+def cell_key(
+    weights: str,
+    decode: Stage | None,
+    peer: str | None = None,
+    text: Mapping[str, Any] | None = None,
+) -> str:
     """The key of the cell with these weights (a step's key) and this decode stage, or run by this
-    other engine."""
-    recipe = {"weights": weights, "decode": None if decode is None else decode.identity({})}
-    return digest(recipe if peer is None else {**recipe, "peer": peer})
+    other engine, which may be fitted to a text."""
+    recipe: dict[str, Any] = {"weights": weights}
+    recipe["decode"] = None if decode is None else decode.identity({})
+    if peer is not None:
+        recipe["peer"] = peer
+    return digest(recipe if text is None else {**recipe, "text": text})

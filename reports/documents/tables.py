@@ -14,6 +14,13 @@ from compose.results.schema import CellResult, Results
 from reports.documents.text import factor, measured, table
 
 
+def seen_text(cell: CellResult) -> str:
+    """The text that a cell was fitted to."""
+    if cell.fitted_to is None:
+        return DASH
+    return ", ".join(cell.fitted_to) or "no text"
+
+
 def chosen(results: Results, cells: str | None) -> list[CellResult]:
     """The named cells in their order, or all that were measured.
 
@@ -34,6 +41,8 @@ def speed_at_equal_quality(results: Results, cells: str | None = None) -> list[s
     rows = sorted(chosen(results, cells), key=lambda cell: _loss(results, cell))
     tasks = _task_names(results, rows, "generative")
     head = ["", "perplexity, x dense", "KL", *tasks, "MB", "decode, tok/s", "x dense"]
+    stated = any(cell.fitted_to is not None for cell in rows)
+    head += ["calibrated on"] if stated else []
     lines = []
     for cell in rows:
         scores = [_task(results, cell, name) for name in tasks]
@@ -47,6 +56,7 @@ def speed_at_equal_quality(results: Results, cells: str | None = None) -> list[s
                 _megabytes(cell),
                 measured(speed.decode_tokens_per_s),
                 factor(speed.decode_ratio),
+                *([seen_text(cell)] if stated else []),
             ]
         )
     return table(head, lines)

@@ -126,15 +126,31 @@ class PeerProcess:
         return numpy.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def converted(name: PeerName, python: Path, source: Path, target: Path) -> None:
-    """Let an engine write `source` in its format to `target`.
+def converted(name: PeerName, python: Path, source: Path, target: Path, **fitted: Any) -> None:
+    """Have an engine's script write its input for an option; `fitted` holds what it knows of a
+    text: `importance`, a file of `write_importance`, or `rows` of token ids.
 
     Raises:
-        StepError: the engine failed.
+        StepError: it failed.
     """
+    given = {"source": str(source), "target": str(target), "option": name.option, **fitted}
     threads = os.cpu_count() or 1
     with _talk(name.text, python, name.engine.script_path, threads) as ask:
-        ask("convert", source=str(source), target=str(target), option=name.option, threads=threads)
+        ask("convert", **given, threads=threads)
+
+
+def write_importance(
+    name: PeerName, python: Path, source: Path, target: Path, rows: Sequence[Sequence[int]]
+) -> None:
+    """Have llama.cpp run a GGUF file over token ids [N][S] and write what it needs to weigh errors.
+
+    Raises:
+        StepError: it failed.
+    """
+    threads = os.cpu_count() or 1
+    given = {"source": str(source), "target": str(target), "rows": rows, "threads": threads}
+    with _talk(name.text, python, name.engine.script_path, threads) as ask:
+        ask("importance", **given)
 
 
 @contextlib.contextmanager
