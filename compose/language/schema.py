@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -289,6 +289,10 @@ class Quality(_Section):
     costs little in tasks scored by likelihood and much in written answers, so every mean must
     include written answers."""
 
+    allow_code: bool = False
+    """Whether `humaneval` may run the code that a model writes: in a child process with limits of
+    time, memory and files, without network."""
+
     limit: Count = 500
     """Questions taken of each task."""
 
@@ -298,6 +302,16 @@ class Quality(_Section):
     own_answers: OwnAnswers | None = OwnAnswers()
     """Compare each cell with the dense model on answers that the dense model wrote: the KL, and how
     long greedy answers agree. The cell decodes as it does in use. Null leaves this out."""
+
+    @model_validator(mode="after")
+    def _code_is_allowed(self) -> Self:
+        for name in self.tasks:
+            if name in TASKS and TASKS[name].runs_code and not self.allow_code:
+                raise ValueError(
+                    f"the task {name} runs code that the model writes; to allow it, add"
+                    " `allow_code: true` under benchmark.quality"
+                )
+        return self
 
 
 class Lossless(_Section):

@@ -134,7 +134,7 @@ def converted(name: PeerName, python: Path, source: Path, target: Path, **fitted
         StepError: it failed.
     """
     given = {"source": str(source), "target": str(target), "option": name.option, **fitted}
-    threads = os.cpu_count() or 1
+    threads = _threads()
     with _talk(name.text, python, name.engine.script_path, threads) as ask:
         ask("convert", **given, threads=threads)
 
@@ -151,6 +151,11 @@ def write_importance(
     given = {"source": str(source), "target": str(target), "rows": rows, "threads": threads}
     with _talk(name.text, python, name.engine.script_path, threads) as ask:
         ask("importance", **given)
+
+
+def _threads() -> int:
+    """One for each core that this process may use: more would wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
