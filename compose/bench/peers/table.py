@@ -107,8 +107,8 @@ ENGINES: dict[str, Engine] = {
             "int4": "weights int4 in groups of 64 with offset at ratio 1.0, embedding and LM head"
             " int8, exported by optimum-intel without data",
             "int8": "weights int8 with a scale a channel and offset, exported by optimum-intel",
-            "int4+awq": "weights int4 in groups of 64 with offset at ratio 1.0, embedding and LM head"
-            " int8, by optimum-intel with AWQ and scale estimation on the text",
+            "int4+awq": "weights int4 in groups of 64 with offset at ratio 1.0, embedding and LM"
+            " head int8, by optimum-intel with AWQ and scale estimation on the text",
         },
         calibrated=frozenset({"int4+awq"}),
         distributions=("openvino", "openvino-genai", "optimum-intel", "nncf"),
