@@ -177,3 +177,71 @@ def test_the_number_that_an_answer_ends_with(text: str, number: float | None) ->
     assert final_number(text) == number
     right = score_number({"answer": "9 * 2 = <<9*2=18>>18\n#### 18"}, [text])
     assert right == {"exact_match": float(number == 18)}
+
+
+# ---------------------------------------------------------------- how questions are asked
+
+
+CHAT = (
+    "{% for m in messages %}<{{m['role']}}>{{m['content']}}{% if not loop.last %}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}</s><assistant>{% endif %}"
+)
+ANSWERS = {
+    "add": "\n    return a + b\n```\nDone.",
+    "sub": "\n    return a + b",
+    "ducks": " The answer is 9.",
+}
+
+
+class Writes:
+    """Notes each prompt and answers by a word in it."""
+
+    device = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.asked = tokenizer, list[str]()
+
+    def hidden(self, input_ids: Any, lengths: Any) -> Any: ...
+
+    def head(self, hidden: Any) -> Any: ...
+
+    def generate(self, prompts: Any, new_tokens: int, stop_tokens: Any) -> list[list[int]]:
+        texts = [self.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
+        self.asked += texts
+        answers = (next(a for word, a in ANSWERS.items() if word in text) for text in texts)
+        return [self.tokenizer.encode(answer, add_special_tokens=False) for answer in answers]
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_written_tasks_use_the_chat_template(
+    template: str | None, make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One right function, one wrong, one sum; the answer goes on after the signature."""
+    from transformers import AutoTokenizer
+
+    from compose.bench.quality.tasks import run_tasks
+
+    signature = 'def {0}(a, b):\n    """{0}"""\n'
+    tests = "def check(candidate):\n    assert candidate(2, 1) == {0}\n"
+    functions = [
+        {"task_id": f"HumanEval/{name}", "prompt": signature.format(name), "entry_point": name}
+        | {"test": tests.format(right)}
+        for name, right in (("add", 3), ("sub", 1))
+    ]
+    sums = [{"question": "How many ducks?", "answer": "3 * 3 = <<3*3=9>>9\n#### 9"}]
+    for file, rows in (("humaneval_test", functions), ("gsm8k_test", sums)):
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (tmp_path / f"{file}.jsonl").write_text(lines, encoding="utf-8")
+    monkeypatch.setenv("GATESKIP_DATA", str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny("llama"))
+    tokenizer.chat_template = template
+    model = Writes(tokenizer)
+    scores = run_tasks(model, ["humaneval", "gsm8k_chat"], batch_size=2, cache=tmp_path / "cache")
+    code, number = scores["humaneval"], scores["gsm8k_chat"]
+    assert (code.metric, code.outcomes, code.kind) == ("pass@1", (1.0, 0.0), "generative")
+    assert (number.metric, number.outcomes) == ("exact_match", (1.0,))
+    prompts = [prompt for prompt in model.asked if "ducks" not in prompt]
+    assert len(prompts) == 2 and all(prompt.rstrip().endswith('"""') for prompt in prompts)
+    (ducks,) = (prompt for prompt in model.asked if "ducks" in prompt)
+    assert ("<assistant>" in ducks) == ("<user>" in ducks) == (template is not None)
+    assert all(("<assistant>```python" in prompt) == (template is not None) for prompt in prompts)
