@@ -19,6 +19,7 @@ import torch
 from gguf_files import ARCHITECTURES, SIX_LAYERS
 from gguf_files import converted as written_like_llama_cpp
 from peer_environments import environment_of
+from transformers import AutoTokenizer
 
 from compose.artifacts.gguf.metadata import WRITTEN
 from compose.artifacts.gguf.read import write_folder
@@ -35,7 +36,10 @@ from compose.bench.peers.table import (
     is_peer,
     parse_peer,
 )
+from compose.contract import CellJob, DataSpec, silent
 from compose.errors import StepError, UserError
+from compose.stages.text.split_text import split_blocks
+from compose.workers.main import _calibration_rows
 
 STOP = 2
 PROMPTS = [[5, 9, 14, 33, 21, 7, 8, 50], [71, 6, 30, 12, 11, 19, 40, 3]]
@@ -124,6 +128,34 @@ def test_every_requirement_is_a_range() -> None:
     for engine in ENGINES.values():
         for requirement in engine.requirements:
             assert ">=" in requirement and "<" in requirement.replace("<=", ""), requirement
+
+
+@pytest.mark.parametrize("source", [None, "self-written"])
+def test_calibrated_engines_get_the_rows_of_the_rounding_stage(
+    source: str | None, tiny_llama: Path, tmp_path: Path, make_job: Callable[..., Any]
+) -> None:
+    (tmp_path / "own.txt").write_text("Each contributor grants you a licence.\n" * 60)
+    spec = DataSpec(source=source or str(tmp_path / "own.txt"), limit=3, length=16)
+    job = CellJob(
+        name="llama.cpp:q4_0+imatrix",
+        folder=tiny_llama,
+        baseline_folder=tiny_llama,
+        decode=None,
+        benchmark={},
+        seed=5,
+        dtype="float32",
+        asset_cache=tmp_path / "cache",
+        reference=tmp_path / "reference",
+        threads=1,
+        peer="llama.cpp:q4_0+imatrix",
+        calibration=spec,
+    )
+    stage = make_job(
+        tiny_llama, tmp_path / "out", calibration=spec, seed=5, asset_cache=tmp_path / "cache"
+    )
+    wanted = split_blocks(stage, "calibration", AutoTokenizer.from_pretrained(tiny_llama))
+    rows = _calibration_rows(job, silent)
+    assert rows == wanted.tolist() and len(rows) == 3 and len(rows[0]) == 16
 
 
 # --- Environments --------------------------------------------------------------------------------

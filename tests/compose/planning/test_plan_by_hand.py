@@ -13,6 +13,7 @@ import pytest
 from compose.errors import PlanError
 from compose.language.parse import load_pipeline
 from compose.language.schema import Data, Matrix, Model, Pipeline, TrainSpec
+from compose.outputs.gather import _texts_seen
 from compose.outputs.run_folder import learns_from
 from compose.planning.keys import SOURCE_VERSION, InputHashes, StepKeys, digest
 from compose.planning.plan import Plan
@@ -265,6 +266,8 @@ def test_a_calibrated_engine_depends_on_the_calibration_text(tmp_path: Path) -> 
     identity = {"limit": 3, "length": spec.length, "source": spec.source, "sha256": None}
     recipe = {"weights": weighed[0].weights, "decode": None, "peer": peers[1]}
     assert weighed[0].key == hashed({**recipe, "text": {"seed": 0, **identity}})
+    read = {cell.name: _texts_seen(plans[0], cell) for cell in plans[0].cells}
+    assert read == {"dense": (), "packed": (), peers[0]: (), peers[1]: ("calibration-text",)}
     assert learns_from(plans[0]) == [("calibration-text", 3)], "and may be contaminated by it"
     assert learns_from(plan_of(tmp_path, text.replace("+imatrix", "+fa"))) == []
 
