@@ -127,8 +127,8 @@ class PeerProcess:
 
 
 def converted(name: PeerName, python: Path, source: Path, target: Path, **fitted: Any) -> None:
-    """Have an engine's script write its input for an option; `fitted` holds what it knows of a
-    text: `importance`, a file of `write_importance`, or `rows` of token ids.
+    """Have an engine's script write its input for an option; for a calibrated one, `fitted` holds
+    `importance` (a file of `write_importance`) or `rows` of token ids.
 
     Raises:
         StepError: it failed.
@@ -142,12 +142,12 @@ def converted(name: PeerName, python: Path, source: Path, target: Path, **fitted
 def write_importance(
     name: PeerName, python: Path, source: Path, target: Path, rows: Sequence[Sequence[int]]
 ) -> None:
-    """Have llama.cpp run a GGUF file over token ids [N][S] and write what it needs to weigh errors.
+    """Have llama.cpp run a GGUF file over token ids [N][S] and write its importance matrix.
 
     Raises:
         StepError: it failed.
     """
-    threads = os.cpu_count() or 1
+    threads = _threads()
     given = {"source": str(source), "target": str(target), "rows": rows, "threads": threads}
     with _talk(name.text, python, name.engine.script_path, threads) as ask:
         ask("importance", **given)

@@ -80,10 +80,9 @@ ENGINES: dict[str, Engine] = {
             for name, kind in GGUF_TYPES.items()
         }
         | {
-            name
-            + IMATRIX: f"quantized to {kind} by llama_model_quantize with an importance matrix:"
-            " the mean square of each layer's inputs in llama.cpp's own passes over the text, as"
-            " llama-imatrix collects it"
+            f"{name}{IMATRIX}": f"quantized to {kind} by llama_model_quantize with an importance"
+            " matrix: the mean square of each layer's inputs in llama.cpp's own passes over the"
+            " text, as llama-imatrix collects it"
             for name, kind in WEIGHED.items()
         },
         calibrated=frozenset(name + IMATRIX for name in WEIGHED),

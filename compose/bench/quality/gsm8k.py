@@ -18,9 +18,9 @@ def final_number(text: str) -> float | None:
     >>> final_number("So he has 12 apples and 5 pears")
     5.0
     """
-    *_, last = _STATED.split(text)
-    stated = _NUMBER.findall(last) if last is not text else []
-    found = stated[:1] or _NUMBER.findall(text)[-1:]
+    *before, last = _STATED.split(text)
+    stated = _NUMBER.findall(last)[:1] if before else []
+    found = stated or _NUMBER.findall(text)[-1:]
     return float(found[0].replace(",", "")) if found else None
 
 

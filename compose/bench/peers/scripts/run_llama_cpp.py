@@ -42,8 +42,10 @@ class Importance:
     """Mean square of every input of each layer's linear maps, over all tokens seen."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Any] = {}  # weight -> sum of squares [k], and tokens
+        self.sums: dict[str, Any] = {}  # weight -> sum of squares [k]
         self.tokens: dict[str, int] = {}
+        self.odd: list[str] = []
+        """Weights whose inputs are no rows of float32; an error in a callback would be lost."""
 
     def see(self, address: int, ask: bool, _: Any) -> bool:
         """llama.cpp's callback: asked before each operation, called again after those of layers."""
@@ -63,7 +65,8 @@ class Importance:
 
         width, rows = inputs.ne[0], inputs.ne[1] * inputs.ne[2] * inputs.ne[3]
         if inputs.type or inputs.nb[1] != 4 * width:  # type 0 is float32
-            raise TypeError(f"the inputs of {name} are no plain rows of float32")
+            self.odd.append(name)
+            return
         numbers = (ctypes.c_float * (rows * width)).from_address(inputs.data)
         squares = numpy.square(numpy.ctypeslib.as_array(numbers).reshape(rows, width))
         self.sums[name] = self.sums.get(name, 0.0) + squares.sum(0, dtype=numpy.float64)
@@ -121,8 +124,8 @@ class LlamaCpp:
         for row in rows:
             for _ in self._passes(row):
                 pass
-        if not seen.sums:
-            raise RuntimeError("this llama.cpp lays out its tensors in another way")
+        if seen.odd or not seen.sums:
+            raise RuntimeError(f"this llama.cpp has other tensors: {seen.odd[:1] or 'none known'}")
         numpy.savez(target, **seen.means())
         return {"weights": len(seen.sums)}
 
