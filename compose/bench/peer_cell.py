@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compose.assets import TASKS, first_available, token_blocks
 from compose.bench.generate import load_prompts
-from compose.bench.peers.prepare import PreparedPeer, prepare
+from compose.bench.peers.prepare import CalibrationText, PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
 from compose.bench.quality.measure import text_record
 from compose.bench.quality.own_answers import DenseAnswers, score_answers
@@ -43,8 +43,16 @@ MARGIN = 1  # positions beside prompt and answer, for engines that count the end
 class PeerBench:
     """Measures the peer that `job` names; the commands are those of `CellBench`."""
 
-    def __init__(self, job: CellJob, peer: str, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        job: CellJob,
+        peer: str,
+        progress: Progress | None = None,
+        calibration: Callable[[], list[list[int]]] | None = None,
+    ) -> None:
+        """`calibration` gives the token ids [N][S] of the job's calibration text."""
         self.job, self.peer, self.progress = job, peer, progress
+        self._calibration = calibration
         self._stack = ExitStack()
         self._process: PeerProcess | None = None
         self._loaded: tuple[int, int] | None = None
@@ -53,7 +61,10 @@ class PeerBench:
     @cached_property
     def prepared(self) -> PreparedPeer:
         """Its environment and the model in its format, made on first use."""
-        return prepare(self.peer, self.job.folder, self.job.asset_cache, self.progress)
+        job, text = self.job, None
+        if job.calibration is not None and self._calibration is not None:
+            text = CalibrationText(tuple(job.calibration.weights), self._calibration())
+        return prepare(self.peer, job.folder, job.asset_cache, self.progress, text)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

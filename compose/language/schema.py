@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -303,6 +303,10 @@ class Quality(_Section):
     added, because multiple-choice tasks hardly show the loss that skipping causes in written
     answers."""
 
+    allow_code: bool = False
+    """Whether `humaneval` may run the code that a model writes: in a child process with limits of
+    time, memory and files, without network."""
+
     limit: Count = 500
     """Maximum number of questions of each task."""
 
@@ -312,6 +316,16 @@ class Quality(_Section):
     own_answers: OwnAnswers | None = OwnAnswers()
     """Compare each variant with the dense model on answers that the dense model wrote: the KL, and
     the number of equal tokens in greedy answers. With null, this is not measured."""
+
+    @model_validator(mode="after")
+    def _code_is_allowed(self) -> Self:
+        for name in self.tasks:
+            if name in TASKS and TASKS[name].runs_code and not self.allow_code:
+                raise ValueError(
+                    f"the task {name} runs code that the model writes; to allow it, add"
+                    " `allow_code: true` under benchmark.quality"
+                )
+        return self
 
 
 class Lossless(_Section):

@@ -111,6 +111,7 @@ def _cell_parts(
         "aliases": cell.aliases or None,
         "plain": cell.plain,
         "steps": _step_infos(plan, cell),
+        "fitted_to": _texts_seen(plan, cell),
         **_step_records(plan.model_folder(cell, run.store)),
     }
     if failure is not None:
@@ -173,6 +174,17 @@ def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
         declared = {"role": stage.role, "stored_as": stage.stored_as()}
         infos.append({"name": name, **parameters, **declared})
     return tuple(infos) or None
+
+
+def _texts_seen(plan: Plan, cell: Cell) -> tuple[str, ...] | None:
+    """Sources of the texts that a cell's stages, or the engine that runs it, were fitted to; None
+    for a folder that was there before."""
+    if cell.origin == "bench":
+        return None
+    splits = {"calibration"} if cell.calibrates_peer else set[str]()
+    splits.update(*(plan.pipeline.stages[name].reads_data for name in cell.chain))
+    texts = (getattr(plan.pipeline.data, split).weights for split in sorted(splits))
+    return tuple(dict.fromkeys(source for weights in texts for source in weights))
 
 
 def _step_records(folder: Path) -> dict[str, Any]:

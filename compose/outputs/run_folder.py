@@ -176,13 +176,14 @@ def _texts_of(plan: Plan, cell: Cell, phase: Phase) -> list[str]:
 
 
 def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
-    """Source and row limit of every text that a stage of the plan reads.
+    """Source and row limit of every text that a stage or another engine of the plan reads.
 
     Text that the model wrote is left out: it cannot teach the model a scored text.
     """
     stages = [step.stage for step in plan.steps if step.stage is not None]
-    splits = sorted({split for stage in stages for split in stage.reads_data})
-    specs = [getattr(plan.pipeline.data, split) for split in splits]
+    read: set[str] = {split for stage in stages for split in stage.reads_data}
+    read |= {"calibration" for cell in plan.cells if cell.calibrates_peer}
+    specs = [getattr(plan.pipeline.data, split) for split in sorted(read)]
     return [
         (source, spec.limit)
         for spec in specs

@@ -85,13 +85,19 @@ class StepKeys:
                 "parent": parent,
                 "seed": seed,
                 "dtype": self._pipeline.model.dtype,
-                "data": {split: self._data_identity(split) for split in stage.reads_data},
+                "data": {split: self.data_identity(split) for split in stage.reads_data},
             }
         )
 
-    def cell(self, weights: str, decode: Stage | None, peer: str | None = None) -> str:
+    def cell(
+        self,
+        weights: str,
+        decode: Stage | None,
+        peer: str | None = None,
+        text: Mapping[str, Any] | None = None,
+    ) -> str:
         """The key of a cell: see `cell_key`."""
-        return cell_key(weights, decode, peer, self._drafts)
+        return cell_key(weights, decode, peer, self._drafts, text)
 
     def _model_identity(self, source: str) -> dict[str, Any]:
         folder = Path(source)
@@ -101,7 +107,12 @@ class StepKeys:
             return {"sha256": self._model_sha256}
         return {"folder": source, "files": listing(folder)}
 
-    def _data_identity(self, split: Literal["train", "calibration"]) -> dict[str, Any]:
+    def data_identity(self, split: Literal["train", "calibration"]) -> dict[str, Any]:
+        """What stands for the text of a split in a key.
+
+        Raises:
+            PlanError: a file of it cannot be read.
+        """
         spec: DataSpec = getattr(self._pipeline.data, split)
         identity: dict[str, Any] = {"limit": spec.limit, "length": spec.length}
         if spec.answered:
@@ -159,10 +170,15 @@ def cell_key(
     decode: Stage | None,
     peer: str | None = None,
     draft_sha256: Mapping[str, str] | None = None,
+    text: Mapping[str, Any] | None = None,
 ) -> str:
     """The key of the cell with these weights (a step's key) and this decode stage, or run by this
-    other engine. `draft_sha256` has the hash of the model that drafts, by its source."""
+    other engine, which may be fitted to a text. `draft_sha256` has the hash of the model that
+    drafts, by its source."""
     pin = (draft_sha256 or {}).get(getattr(decode, "draft_model", None) or "")
     named = {} if pin is None else {"draft_model": pin}
-    recipe = {"weights": weights, "decode": None if decode is None else decode.identity(named)}
-    return digest(recipe if peer is None else {**recipe, "peer": peer})
+    recipe: dict[str, Any] = {"weights": weights}
+    recipe["decode"] = None if decode is None else decode.identity(named)
+    if peer is not None:
+        recipe["peer"] = peer
+    return digest(recipe if text is None else {**recipe, "text": text})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from compose.bench.peers.table import parse_peer
 from compose.contract import Allowed, Needs
 from compose.errors import PlanError, suggest
 from compose.language.limits import Limit
@@ -77,6 +78,11 @@ class Cell:
     """The type to load it in, where it is not the pipeline's."""
     backend: str = "auto"
     """What runs the model; `auto` lets the folder decide."""
+
+    @property
+    def calibrates_peer(self) -> bool:
+        """Whether it is another engine whose weights are fitted to the calibration text."""
+        return self.peer is not None and parse_peer(self.peer).reads_text
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from compose.bench.peers.table import parse_peer
 from compose.errors import PlanError, RuleBroken, shortened
 from compose.language.positions import Loc
 from compose.language.schema import DENSE, Chain, Pipeline, as_chain
@@ -193,9 +194,13 @@ class _Planner:
     def add_peers(self) -> None:
         """Plan the other engines on the untouched model, one cell each."""
         weights, _ = self._weights((), self._pipeline.seed)
+        seed = self._pipeline.seed
         for peer in self._pipeline.benchmark.against:
             planned = _PlannedCell((), weights, None, "peer", [peer], peer=peer)
-            self._cells[self._keys.cell(weights, None, peer)] = planned
+            text = None
+            if parse_peer(peer).reads_text:
+                text = {"seed": seed, **self._keys.data_identity("calibration")}
+            self._cells[self._keys.cell(weights, None, peer, text)] = planned
 
     def plan(self) -> Plan:
         """The plan, after the last checks on names."""

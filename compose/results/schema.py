@@ -81,6 +81,10 @@ class CellResult(Record):
     steps: tuple[StepInfo, ...] | None = None
     """The chain's stages with their parameters."""
 
+    fitted_to: tuple[str, ...] | None = None
+    """The texts that its weights, gates or drafts were calibrated on or trained on; empty where it
+    saw none, None in older results."""
+
     arithmetic: Arithmetic | None = None
     """The arithmetic of decoding."""
 

@@ -163,6 +163,7 @@ def cell_job(run: RunState, cell: Cell) -> CellJob:
         backend=cast(Backend, cell.backend),
         baseline_backend=baseline.backend,
         peer=cell.peer,
+        calibration=pipeline.data.calibration if cell.calibrates_peer else None,
         asset_cache=run.settings.asset_cache.absolute(),
         reference=run.folder.reference(baseline.key),
         threads=pipeline.benchmark.threads,

@@ -165,6 +165,8 @@ def _texts(plan: Plan, steps: list[Step], cells: list[Cell]) -> Iterator[tuple[s
     benchmark = plan.pipeline.benchmark
     quality, prompts = benchmark.quality, benchmark.speed.prompts
     for cell in cells:
+        if cell.calibrates_peer:
+            yield from ((source,) for source in plan.pipeline.data.calibration.weights)
         if speculates(cell.decode):
             yield (benchmark.lossless.source,)
         else:

@@ -167,7 +167,28 @@ def open_bench(job: CellJob, progress: Progress) -> CellBench | PeerBench:
         return CellBench(job, progress)
     from compose.bench.peer_cell import PeerBench
 
-    return PeerBench(job, job.peer, progress)
+    return PeerBench(job, job.peer, progress, partial(_calibration_rows, job, progress))
+
+
+def _calibration_rows(job: CellJob, progress: Progress) -> list[list[int]]:
+    """Token ids [N][S] of the calibration text, as stages get them."""
+    from transformers import AutoTokenizer
+
+    from compose.stages.text.split_text import SplitText
+
+    assert job.calibration is not None, "a calibrated peer is given its text"
+    text = SplitText(
+        spec=job.calibration,
+        split="calibration",
+        tokenizer=AutoTokenizer.from_pretrained(job.folder),
+        length=job.calibration.length,
+        dense=job.folder,
+        cache=job.asset_cache,
+        seed=2 * job.seed,
+        progress=progress,
+    )
+    rows: list[list[int]] = text.blocks(job.calibration.limit).tolist()
+    return rows
 
 
 def _step(job: StepJob, channel: Channel) -> dict[str, Any]:

@@ -14,6 +14,17 @@ from compose.results.schema import CellResult, Results
 from reports.documents.text import factor, measured, table
 
 
+def with_text(head: list[str], lines: list[list[str]], cells: Sequence[CellResult]) -> list[str]:
+    """The table with a column of the text that each cell was fitted to, where any states it."""
+    if all(cell.fitted_to is None for cell in cells):
+        return table(head, lines)
+    seen = [
+        DASH if cell.fitted_to is None else ", ".join(cell.fitted_to) or "no text" for cell in cells
+    ]
+    whole = [[*line, text] for line, text in zip(lines, seen, strict=True)]
+    return table([*head, "calibrated on"], whole)
+
+
 def chosen(results: Results, cells: str | None) -> list[CellResult]:
     """The named cells in their order, or all that were measured.
 
@@ -49,14 +60,15 @@ def speed_at_equal_quality(results: Results, cells: str | None = None) -> list[s
                 factor(speed.decode_ratio),
             ]
         )
-    return table(head, lines)
+    return with_text(head, lines, rows)
 
 
 def glance(results: Results, cells: str | None = None) -> list[str]:
     """Quality, size and decode speed in one row, without intervals: for a first look."""
     head = ["", "perplexity, x dense", "KL", "MB", "decode, tok/s", "decode, x dense"]
     lines = []
-    for cell in sorted(chosen(results, cells), key=lambda cell: _loss(results, cell)):
+    rows = sorted(chosen(results, cells), key=lambda cell: _loss(results, cell))
+    for cell in rows:
         scored, speed = results.quality(cell), cell.speed or SpeedNumbers()
         text = scored.perplexity if scored else None
         decode, faster = speed.decode_tokens_per_s, speed.decode_ratio
@@ -70,7 +82,7 @@ def glance(results: Results, cells: str | None = None) -> list[str]:
         if cell.name == results.baseline:
             ratio, kl, times = "1", "0", "1"
         lines.append([f"`{cell.name}`", ratio, kl, _megabytes(cell), rate, times])
-    return table(head, lines)
+    return with_text(head, lines, rows)
 
 
 def quality(results: Results, cells: str | None = None) -> list[str]:

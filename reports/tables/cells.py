@@ -153,8 +153,18 @@ def quality(report: Report) -> Table[Row]:
             metric_column("written", "Written", "keeps, %", WRITTEN_HELP, PAGE.share),
             metric_column("ranked", "Ranked", "keeps, %", RANKED_HELP, PAGE.share),
             metric_column("retained", "Keeps", "%", retained_help(report), PAGE.share),
+            Column("Calibrated on", "", SEEN_HELP, seen_entry, align="left"),
         ],
     )
+
+
+SEEN_HELP = "The text that its weights, gates or drafts were calibrated on or trained on."
+
+
+def seen_entry(report: Report, row: Row) -> Entry:
+    """The text that a cell was fitted to."""
+    seen = row.cell.fitted_to
+    return Entry() if seen is None else Entry(", ".join(seen) or "no text")
 
 
 def seeds(report: Report) -> Table[Row]:

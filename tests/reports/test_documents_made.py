@@ -156,6 +156,21 @@ def test_a_glance_has_no_intervals(results: Results) -> None:
     ]
 
 
+def test_each_row_says_which_text_it_saw(results: Results) -> None:
+    seen = {"dense": (), "nf4": ("calibration-text", "sums"), "llama.cpp:q4_k_m": None}
+    cells = [
+        cell.model_copy(update={"fitted_to": seen[cell.name]})
+        for cell in results.cells
+        if cell.name in seen
+    ]
+    stated = results.model_copy(update={"cells": tuple(cells)})
+    for name in ("glance", "speed-at-equal-quality"):
+        lines = TABLES[name](stated)
+        assert [line.split(" | ")[-1] for line in lines] == [
+            *("calibrated on |", "--- |", "no text |", "– |", "calibration-text, sums |")
+        ]
+
+
 def test_what_is_written_stands_beside_what_it_saved(results: Results) -> None:
     task = TaskScore(
         metric="f1",

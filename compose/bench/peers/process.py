@@ -126,15 +126,36 @@ class PeerProcess:
         return numpy.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def converted(name: PeerName, python: Path, source: Path, target: Path) -> None:
-    """Let an engine write `source` in its format to `target`.
+def converted(name: PeerName, python: Path, source: Path, target: Path, **fitted: Any) -> None:
+    """Have an engine's script write its input for an option; for a calibrated one, `fitted` holds
+    `importance` (a file of `write_importance`) or `rows` of token ids.
 
     Raises:
-        StepError: the engine failed.
+        StepError: it failed.
     """
-    threads = os.cpu_count() or 1
+    given = {"source": str(source), "target": str(target), "option": name.option, **fitted}
+    threads = _threads()
     with _talk(name.text, python, name.engine.script_path, threads) as ask:
-        ask("convert", source=str(source), target=str(target), option=name.option, threads=threads)
+        ask("convert", **given, threads=threads)
+
+
+def write_importance(
+    name: PeerName, python: Path, source: Path, target: Path, rows: Sequence[Sequence[int]]
+) -> None:
+    """Have llama.cpp run a GGUF file over token ids [N][S] and write its importance matrix.
+
+    Raises:
+        StepError: it failed.
+    """
+    threads = _threads()
+    given = {"source": str(source), "target": str(target), "rows": rows, "threads": threads}
+    with _talk(name.text, python, name.engine.script_path, threads) as ask:
+        ask("importance", **given)
+
+
+def _threads() -> int:
+    """One for each core that this process may use: more would wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ class Engine:
     """Option -> its settings, as the end of a sentence. The empty option is the plain name."""
     distributions: tuple[str, ...]
     """Distributions whose versions are recorded."""
+    calibrated: frozenset[str] = frozenset()
+    """Options whose weights are fitted to the calibration text of the pipeline."""
     requirements: tuple[str, ...] = ()
     """Requirements for pip, pinned to ranges; empty where this project's environment has them."""
     pip_options: tuple[str, ...] = ()
@@ -47,13 +49,24 @@ GGUF_TYPES = {
     "q4_1": "Q4_1",
     "q4_k_m": "Q4_K_M",
     "iq4_nl": "IQ4_NL",
+    "iq4_xs": "IQ4_XS",
     "q5_0": "Q5_0",
     "q5_k_m": "Q5_K_M",
     "q6_k": "Q6_K",
     "q8_0": "Q8_0",
     "bf16": "BF16",
+    "q3_k_m": "Q3_K_M",
 }
 """Options of llama.cpp -> llama.cpp's name of the file type."""
+
+IMATRIX = "+imatrix"
+"""End of a llama.cpp option whose file is quantized with an importance matrix."""
+
+WEIGHED = {
+    **{name: kind for name, kind in GGUF_TYPES.items() if name not in ("q8_0", "bf16")},
+    "iq3_xxs": "IQ3_XXS",
+}
+"""The file types that read an importance matrix; IQ3_XXS cannot be written without one."""
 
 FLASH = "+fa"
 """End of a llama.cpp option that turns flash attention on."""
@@ -65,7 +78,14 @@ ENGINES: dict[str, Engine] = {
         options={
             name: f"quantized to {kind} by llama_model_quantize without an importance matrix"
             for name, kind in GGUF_TYPES.items()
+        }
+        | {
+            f"{name}{IMATRIX}": f"quantized to {kind} by llama_model_quantize with an importance"
+            " matrix: the mean square of each layer's inputs in llama.cpp's own passes over the"
+            " text, as llama-imatrix collects it"
+            for name, kind in WEIGHED.items()
         },
+        calibrated=frozenset(name + IMATRIX for name in WEIGHED),
         distributions=("llama-cpp-python",),
         requirements=("llama-cpp-python>=0.3.34,<0.4", "numpy>=2.0,<3"),
         # A wheel from pip's cache may have been compiled for another processor.
@@ -86,7 +106,10 @@ ENGINES: dict[str, Engine] = {
             "int4": "weights int4 in groups of 64 with offset at ratio 1.0, embedding and LM head"
             " int8, exported by optimum-intel without data",
             "int8": "weights int8 with a scale a channel and offset, exported by optimum-intel",
+            "int4+awq": "weights int4 in groups of 64 with offset at ratio 1.0, embedding and LM"
+            " head int8, by optimum-intel with AWQ and scale estimation on the text",
         },
+        calibrated=frozenset({"int4+awq"}),
         distributions=("openvino", "openvino-genai", "optimum-intel", "nncf"),
         requirements=(
             "openvino>=2026.2,<2027",
@@ -149,6 +172,11 @@ class PeerName:
     """Flash attention, for llama.cpp."""
 
     @property
+    def reads_text(self) -> bool:
+        """Whether its weights are fitted to the pipeline's calibration text."""
+        return self.option in self.engine.calibrated
+
+    @property
     def file(self) -> Path | None:
         """The .gguf file in the name, if any."""
         path = self.option if self.option.endswith(".gguf") else ""
@@ -173,7 +201,8 @@ def is_peer(text: str) -> bool:
 
 
 def parse_peer(text: str) -> PeerName:
-    """Read `llama.cpp:q4_k_m`, `llama.cpp:q4_0+fa`, `llama.cpp:FILE.gguf`, `transformers`, ...
+    """Read `llama.cpp:q4_k_m`, `llama.cpp:q4_0+imatrix`, `llama.cpp:FILE.gguf+fa`, `transformers`,
+    ...
 
     Raises:
         UserError: there is no such engine or option.

@@ -23,6 +23,7 @@ from compose.analysis.intervals import mean_interval, wilson
 from compose.assets import TASKS, load_task
 from compose.assets.table import OURS
 from compose.bench.quality.continuations import Pair, score_continuations
+from compose.bench.quality.sandbox import require_limits
 from compose.bench.quality.text import ScoredModel
 from compose.errors import AssetError, UserError, suggest
 from compose.units import Progress
@@ -30,7 +31,13 @@ from compose.units import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METRICS = ("acc_norm", "acc", "f1", "exact_match")  # the first that a task has is reported
+METRICS = (
+    "acc_norm",
+    "acc",
+    "f1",
+    "pass@1",
+    "exact_match",
+)  # the first that a task has is reported
 FALLBACK_LENGTH = 2048  # longest input where the tokenizer does not know the model's
 LONGEST_ANSWER = 256  # tokens, where a task does not say; lm-eval's own default
 
@@ -86,19 +93,29 @@ def run_tasks(
     """
     if not tasks:
         return {}
+    if any(name in TASKS and TASKS[name].runs_code for name in tasks):
+        require_limits()
     with tempfile.TemporaryDirectory(prefix="gateskip-tasks-") as scratch:
         ours = [name for name in tasks if name in TASKS]
         origins = {name: _define(name, Path(scratch), cache, limit) for name in ours}
         manager = _manager(Path(scratch), tasks)
+        scorer = Scorer(model, batch_size=batch_size, progress=progress, written=written)
+        chats = [name for name in ours if TASKS[name].chat and model.tokenizer.chat_template]
+        evaluations: dict[str, dict[str, Any]] = {}
         try:
-            evaluation = lm_eval.simple_evaluate(
-                model=Scorer(model, batch_size=batch_size, progress=progress, written=written),
-                tasks=list(tasks),
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=True,
-                task_manager=manager,
-            )
+            for templated in (False, True):
+                names = [name for name in tasks if (name in chats) == templated]
+                if names:
+                    evaluation = lm_eval.simple_evaluate(
+                        model=scorer,
+                        tasks=names,
+                        limit=limit,
+                        apply_chat_template=templated,
+                        bootstrap_iters=0,
+                        log_samples=True,
+                        task_manager=manager,
+                    )
+                    evaluations |= dict.fromkeys(names, evaluation)
         except NotImplementedError as error:
             raise UserError(str(error), fix=f"choose among {', '.join(TASKS)}") from error
         except (ConnectionError, FileNotFoundError) as error:
@@ -106,7 +123,9 @@ def run_tasks(
                 f"the questions of a task among {', '.join(tasks)} are not available: {error}",
                 fix=f"go online, or choose among {', '.join(TASKS)}",
             ) from error
-    return {name: _score(name, evaluation, origins.get(name, "hub:lm-eval")) for name in tasks}
+    return {
+        name: _score(name, evaluations[name], origins.get(name, "hub:lm-eval")) for name in tasks
+    }
 
 
 def _define(name: str, folder: Path, cache: Path | None, limit: int | None = None) -> str:
@@ -256,6 +275,23 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         """The token that stands before a text without context."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name for lm-eval's cache of requests, which is not used."""
+        return "scored"
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages as one text; without the start of an answer, the last message goes on."""
+        text: str = self.tokenizer.apply_chat_template(  # type: ignore[assignment]
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any

@@ -19,18 +19,36 @@ import torch
 from gguf_files import ARCHITECTURES, SIX_LAYERS
 from gguf_files import converted as written_like_llama_cpp
 from peer_environments import environment_of
+from transformers import AutoTokenizer
 
 from compose.artifacts.gguf.metadata import WRITTEN
 from compose.artifacts.gguf.read import write_folder
 from compose.artifacts.gguf.write import write_gguf
 from compose.bench.peers.environment import environment_folder, python_of
-from compose.bench.peers.prepare import PreparedPeer, _gguf, prepare
+from compose.bench.peers.prepare import CalibrationText, PreparedPeer, _gguf, prepare
 from compose.bench.peers.process import PeerProcess
-from compose.bench.peers.table import ENGINES, GGUF_TYPES, Engine, is_peer, parse_peer
+from compose.bench.peers.table import (
+    ENGINES,
+    GGUF_TYPES,
+    IMATRIX,
+    WEIGHED,
+    Engine,
+    is_peer,
+    parse_peer,
+)
+from compose.contract import CellJob, DataSpec, silent
 from compose.errors import StepError, UserError
+from compose.stages.text.split_text import split_blocks
+from compose.workers.main import _calibration_rows
 
 STOP = 2
 PROMPTS = [[5, 9, 14, 33, 21, 7, 8, 50], [71, 6, 30, 12, 11, 19, 40, 3]]
+
+
+TEXT = CalibrationText(
+    ("some text", "more"), [[(11 * at + 5 * row) % 500 for at in range(64)] for row in range(8)]
+)
+"""Text that calibrated options are fitted to."""
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +68,7 @@ def ready(engine_cache: Path) -> Callable[[str, Path], PreparedPeer]:
         if engine.requirements and not environment_folder(engine, engine_cache).exists():
             place = environment_of(engine)
             (engine_cache / "peers" / place.name).symlink_to(place, target_is_directory=True)
-        return prepare(name, folder, engine_cache)
+        return prepare(name, folder, engine_cache, text=TEXT)
 
     return make
 
@@ -82,6 +100,10 @@ def test_names_are_read() -> None:
     assert flash.settings().endswith("flash attention on.")
     assert parse_peer("llama.cpp:some/model.gguf").file == Path("some/model.gguf")
     assert is_peer("openvino:int4") and not is_peer("skip:0.8")
+    weighed = parse_peer("llama.cpp:q4_k_m+imatrix+fa")
+    assert (weighed.option, weighed.flash, weighed.reads_text) == ("q4_k_m+imatrix", True, True)
+    assert not parse_peer("llama.cpp:q4_k_m").reads_text, "an older name reads no text"
+    assert parse_peer("openvino:int4+awq").reads_text
 
 
 @pytest.mark.parametrize(
@@ -90,6 +112,8 @@ def test_names_are_read() -> None:
         ("lama.cpp:q4_0", r"did you mean 'llama.cpp'"),
         ("llama.cpp:q4_k", r"did you mean 'q4_k_m'"),
         ("llama.cpp", r"known: q4_0"),
+        ("llama.cpp:q8_0+imatrix", r"q8_0"),
+        ("llama.cpp:iq3_xxs", r"known: .*iq3_xxs\+imatrix"),
         ("openvino:int5", r"known: int4, int8"),
         ("transformers:early-exit-10", r"known: compiled, lookup"),
         ("transformers:compiled+fa", r"known: compiled, lookup"),
@@ -104,6 +128,34 @@ def test_every_requirement_is_a_range() -> None:
     for engine in ENGINES.values():
         for requirement in engine.requirements:
             assert ">=" in requirement and "<" in requirement.replace("<=", ""), requirement
+
+
+@pytest.mark.parametrize("source", [None, "self-written"])
+def test_calibrated_engines_get_the_rows_of_the_rounding_stage(
+    source: str | None, tiny_llama: Path, tmp_path: Path, make_job: Callable[..., Any]
+) -> None:
+    (tmp_path / "own.txt").write_text("Each contributor grants you a licence.\n" * 60)
+    spec = DataSpec(source=source or str(tmp_path / "own.txt"), limit=3, length=16)
+    job = CellJob(
+        name="llama.cpp:q4_0+imatrix",
+        folder=tiny_llama,
+        baseline_folder=tiny_llama,
+        decode=None,
+        benchmark={},
+        seed=5,
+        dtype="float32",
+        asset_cache=tmp_path / "cache",
+        reference=tmp_path / "reference",
+        threads=1,
+        peer="llama.cpp:q4_0+imatrix",
+        calibration=spec,
+    )
+    stage = make_job(
+        tiny_llama, tmp_path / "out", calibration=spec, seed=5, asset_cache=tmp_path / "cache"
+    )
+    wanted = split_blocks(stage, "calibration", AutoTokenizer.from_pretrained(tiny_llama))
+    rows = _calibration_rows(job, silent)
+    assert rows == wanted.tolist() and len(rows) == 3 and len(rows[0]) == 16
 
 
 # --- Environments --------------------------------------------------------------------------------
@@ -266,7 +318,9 @@ BOUNDS = {
     "llama.cpp:q8_0": 0.05,
     "openvino:int8": 0.1,
     **{f"llama.cpp:{kind}": 0.8 for kind in GGUF_TYPES if kind not in ("bf16", "q8_0")},
+    **{f"llama.cpp:{kind}{IMATRIX}": 0.8 for kind in WEIGHED},
     "openvino:int4": 0.8,
+    "openvino:int4+awq": 0.8,
     "onnxruntime:int4": 0.8,
 }
 """Peer -> largest root mean square of the difference of logits, over that of the logits."""
@@ -280,6 +334,8 @@ def test_an_engine_runs_our_model(
     """Its logits are those of the model but for rounding, and its tokens those of its logits."""
     prepared = ready(name, tiny_llama)
     assert prepared.disk_bytes > 0 and prepared.settings.endswith(".")
+    sentence = "Calibrated on 8 rows of 64 tokens of some text and more."
+    assert prepared.settings.endswith(sentence) == parse_peer(name).reads_text
     blocks = [PROMPTS[0] * 2, PROMPTS[1] * 2]
     with PeerProcess(prepared, 1) as peer:
         loaded = peer.load(64, 2)
@@ -309,6 +365,47 @@ def _same(left: list[list[int]], right: list[list[int]]) -> float:
     """Share of equal tokens."""
     pairs = [each for rows in zip(left, right, strict=True) for each in zip(*rows, strict=True)]
     return sum(a == b for a, b in pairs) / len(pairs)
+
+
+LAYERS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""Layer of transformers -> llama.cpp's name."""
+
+
+@pytest.mark.peers
+def test_an_importance_matrix_holds_mean_squares_of_inputs(
+    tiny_llama: Path, engine_cache: Path, ready: Callable[[str, Path], PreparedPeer]
+) -> None:
+    """All that `llama-imatrix` collects, against hooks on the model in float32."""
+    weighed = ready("llama.cpp:q4_0+imatrix", tiny_llama)
+    plain = ready("llama.cpp:q4_0", tiny_llama)
+    assert weighed.model.read_bytes() != plain.model.read_bytes()
+    (file,) = (engine_cache / "peers" / "models").glob(f"*-imatrix-{TEXT.digest()}/*.npz")
+    measured = dict(numpy.load(file))
+    squares: dict[str, Any] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> None:
+            squares[name] = inputs[0].square().mean((0, 1)).numpy()
+
+        return hook
+
+    model = reference(tiny_llama)
+    for at, layer in enumerate(model.model.layers):
+        for ours, theirs in LAYERS.items():
+            layer.get_submodule(ours).register_forward_hook(watch(f"blk.{at}.{theirs}.weight"))
+    with torch.inference_mode():
+        model(torch.tensor(TEXT.rows))
+    assert measured.keys() == squares.keys()
+    for name, mean in squares.items():
+        numpy.testing.assert_allclose(measured[name], mean, rtol=0.02, atol=0.01 * mean.mean())
 
 
 @pytest.mark.peers

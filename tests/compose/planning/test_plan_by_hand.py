@@ -13,6 +13,8 @@ import pytest
 from compose.errors import PlanError
 from compose.language.parse import load_pipeline
 from compose.language.schema import Data, Matrix, Model, Pipeline, TrainSpec
+from compose.outputs.gather import _texts_seen
+from compose.outputs.run_folder import learns_from
 from compose.planning.keys import SOURCE_VERSION, InputHashes, StepKeys, digest
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
@@ -230,9 +232,9 @@ def test_keys_of_local_folders_and_files(tmp_path: Path) -> None:
     assert pinned.source() == hashed(base | {"model": {"sha256": "ff"}})
     own = pipeline.data.train
     identity = {"limit": 3, "length": own.length, "sha256": hashlib.sha256(b"words").hexdigest()}
-    assert keys._data_identity("train") == identity
+    assert keys.data_identity("train") == identity
     named = StepKeys(pipeline, {"data_sha256": {str(text): "ee"}})
-    assert named._data_identity("train") == identity | {"sha256": "ee"}
+    assert named.data_identity("train") == identity | {"sha256": "ee"}
 
 
 def test_other_engines_are_cells_on_the_untouched_model(tmp_path: Path) -> None:
@@ -246,6 +248,28 @@ def test_other_engines_are_cells_on_the_untouched_model(tmp_path: Path) -> None:
     assert cell.key == hashed(recipe)
     with pytest.raises(PlanError, match=r"'llama\.cpp:q8_0' is another engine: name a chain"):
         plan_of(tmp_path, text + "export: {'llama.cpp:q8_0': {to: out}}\n")
+
+
+def test_a_calibrated_engine_depends_on_the_calibration_text(tmp_path: Path) -> None:
+    """Its key changes with the text; that of the same engine without text does not."""
+    peers = ["llama.cpp:q4_0", "llama.cpp:q4_0+imatrix"]
+    text = TEXT[: TEXT.index("stages")] + "stages: {nf4: {use: bnb, format: nf4}}\n"
+    text += f"pipelines: {{packed: [nf4]}}\nbenchmark: {{against: {peers}}}\n"
+    plans = [
+        plan_of(tmp_path, text + f"data: {{calibration: {{source: {source}, limit: 3}}}}\n")
+        for source in ("calibration-text", "training-text")
+    ]
+    plain, weighed = ([plan.cell(name) for plan in plans] for name in peers)
+    assert plain[0].key == plain[1].key and weighed[0].key != weighed[1].key
+    assert [cell.calibrates_peer for cell in (*plain, *weighed)] == [False, False, True, True]
+    spec = plans[0].pipeline.data.calibration
+    identity = {"limit": 3, "length": spec.length, "source": spec.source, "sha256": None}
+    recipe = {"weights": weighed[0].weights, "decode": None, "peer": peers[1]}
+    assert weighed[0].key == hashed({**recipe, "text": {"seed": 0, **identity}})
+    read = {cell.name: _texts_seen(plans[0], cell) for cell in plans[0].cells}
+    assert read == {"dense": (), "packed": (), peers[0]: (), peers[1]: ("calibration-text",)}
+    assert learns_from(plans[0]) == [("calibration-text", 3)], "and may be contaminated by it"
+    assert learns_from(plan_of(tmp_path, text.replace("+imatrix", "+fa"))) == []
 
 
 def test_repeats_keep_their_chain(tmp_path: Path) -> None:

@@ -1,19 +1,80 @@
 """The peer `llama.cpp`, through the C functions of llama-cpp-python.
 
 Its high-level class evaluates one sequence and copies logits. Here a step is one `llama_decode`
-with one sequence a row, as in llama.cpp's own `llama-batched-bench`.
+with one sequence a row, as in llama.cpp's own `llama-batched-bench`. An importance matrix is
+collected as `llama-imatrix` does it, by llama.cpp's callback after each product of a layer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from serve import held_bytes, serve, timed, write_logits
 
 MOST_TOKENS = 2048  # of a prompt in one batch, llama.cpp's own n_batch
 LEAST_TOKENS = 512  # its own n_ubatch
+
+
+class Tensor(ctypes.Structure):
+    """`struct ggml_tensor` of ggml.h, without its last two fields."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),  # sizes, the innermost first
+    ("nb", ctypes.c_size_t * 4),  # strides in bytes
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+]
+
+
+class Importance:
+    """Mean square of every input of each layer's linear maps, over all tokens seen."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] = {}  # weight -> sum of squares [k]
+        self.tokens: dict[str, int] = {}
+        self.odd: list[str] = []
+        """Weights whose inputs are no rows of float32; an error in a callback would be lost."""
+
+    def see(self, address: int, ask: bool, _: Any) -> bool:
+        """llama.cpp's callback: asked before each operation, called again after those of layers."""
+        result = ctypes.cast(address, ctypes.POINTER(Tensor)).contents
+        if not (result.src[0] and result.src[1]):
+            return not ask
+        weight, inputs = result.src[0].contents, result.src[1].contents
+        name = weight.name.decode("utf-8", "replace")
+        if not (name.startswith("blk.") and name.endswith(".weight")):
+            return not ask
+        if not ask:
+            self._add(name, inputs)
+        return True
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        import numpy
+
+        width, rows = inputs.ne[0], inputs.ne[1] * inputs.ne[2] * inputs.ne[3]
+        if inputs.type or inputs.nb[1] != 4 * width:  # type 0 is float32
+            self.odd.append(name)
+            return
+        numbers = (ctypes.c_float * (rows * width)).from_address(inputs.data)
+        squares = numpy.square(numpy.ctypeslib.as_array(numbers).reshape(rows, width))
+        self.sums[name] = self.sums.get(name, 0.0) + squares.sum(0, dtype=numpy.float64)
+        self.tokens[name] = self.tokens.get(name, 0) + rows
+
+    def means(self) -> dict[str, Any]:
+        """Weight -> float32 [k]."""
+        return {name: (s / self.tokens[name]).astype("float32") for name, s in self.sums.items()}
 
 
 class LlamaCpp:
@@ -25,18 +86,48 @@ class LlamaCpp:
         self.context: Any = None
         self.batch: Any = None
         self.view: Any = None
+        self.watch: Any = None
+        """llama.cpp's callback for operations."""
 
-    def convert(self, source: str, target: str, option: str, threads: int) -> dict[str, Any]:
-        """Quantize a GGUF file as `llama-quantize` does, without an importance matrix."""
+    def convert(
+        self, source: str, target: str, option: str, threads: int, importance: str = ""
+    ) -> dict[str, Any]:
+        """Quantize a GGUF file as `llama-quantize` does; `importance` is a file of the method of
+        that name."""
         import llama_cpp
+        import numpy
 
+        kind = option.partition("+")[0].upper()
         params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{option.upper()}")
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         params.nthread = threads
+        means = dict(numpy.load(importance)) if importance else {}  # kept until the call ends
+        if means:
+            params.imatrix = _entries(means)
         failed = llama_cpp.llama_model_quantize(source.encode(), target.encode(), params)
         if failed:
             raise RuntimeError(f"llama_model_quantize returned {failed}")
         return {}
+
+    def importance(
+        self, source: str, target: str, rows: list[list[int]], threads: int
+    ) -> dict[str, Any]:
+        """Run the file over rows of token ids, one length, and write each weight's mean squares."""
+        import llama_cpp
+        import numpy
+
+        seen = Importance()
+        self.watch = llama_cpp.ggml_backend_sched_eval_callback(seen.see)
+        self.load(source, threads, len(rows[0]), 1, False)
+        seen.sums.clear()  # of the warm-up
+        seen.tokens.clear()
+        for row in rows:
+            for _ in self._passes(row):
+                pass
+        if seen.odd or not seen.sums:
+            raise RuntimeError(f"this llama.cpp has other tensors: {seen.odd[:1] or 'none known'}")
+        numpy.savez(target, **seen.means())
+        return {"weights": len(seen.sums)}
 
     def load(
         self, model: str, threads: int, context: int, batch: int, flash: bool, **_: Any
@@ -77,6 +168,8 @@ class LlamaCpp:
         )
         params.offload_kqv = False
         params.no_perf = True
+        if self.watch is not None:
+            params.cb_eval = self.watch
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError(f"llama.cpp has no context of {batch} times {context} tokens")
@@ -177,13 +270,31 @@ class LlamaCpp:
 
     def _forward(self, block: list[int], row: Any) -> None:
         """Set `row` to the logits [S, V] of one block."""
+        for start, end in self._passes(block):
+            row[start:end] = self._logits(end - start)[:, : row.shape[1]]
+
+    def _passes(self, block: list[int]) -> Iterator[tuple[int, int]]:
+        """Run one block from an empty cache; yields the first and last place of each pass."""
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         for start in range(0, len(block), self.most):
             part = block[start : start + self.most]
             self._fill([(token, start + at, 0, True) for at, token in enumerate(part)])
             if self.api.llama_decode(self.context, self.batch):
                 raise RuntimeError("llama_decode failed")
-            row[start : start + len(part)] = self._logits(len(part))[:, : row.shape[1]]
+            yield start, start + len(part)
+
+
+def _entries(means: dict[str, Any]) -> Any:
+    """An importance matrix as llama_model_quantize takes it: an array that ends with no name. It
+    points into the arrays of `means`."""
+    import llama_cpp
+
+    floats = ctypes.POINTER(ctypes.c_float)
+    entries = [
+        llama_cpp.llama_model_imatrix_data(name.encode(), mean.ctypes.data_as(floats), len(mean))
+        for name, mean in means.items()
+    ]
+    return (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,65 @@ class OpenVino:
         self.pipeline: Any = None
         self.compiled: Any = None
 
-    def convert(self, source: str, target: str, option: str, threads: int) -> dict[str, Any]:
-        """Export by `optimum-cli`, as a user does; the tokenizer comes along."""
+    def convert(
+        self,
+        source: str,
+        target: str,
+        option: str,
+        threads: int,
+        rows: list[list[int]] | None = None,
+    ) -> dict[str, Any]:
+        """Export by `optimum-cli`, as a user does; the tokenizer comes along. `rows` of token ids
+        are what AWQ and scale estimation are fitted to: the command itself takes no text of one's
+        own."""
+        if rows is None:
+            self._export(source, target, option)
+        else:
+            self._export(source, target, "fp32")
+            self._fit(Path(target), rows)
+        return {}
+
+    def _export(self, source: str, target: str, option: str) -> None:
         command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
         command += ["--model", source, "--task", "text-generation-with-past"]
         command += ["--weight-format", option]
         if option == "int4":
             command += ["--group-size", str(GROUP), "--ratio", "1.0"]
         subprocess.run([*command, target], check=True)
-        return {}
+
+    def _fit(self, folder: Path, rows: list[list[int]]) -> None:
+        """Compress an exported model by AWQ and scale estimation on rows of token ids."""
+        import nncf
+        import torch
+        from optimum.intel import (
+            OVConfig,
+            OVModelForCausalLM,
+            OVQuantizer,
+            OVWeightQuantizationConfig,
+        )
+        from optimum.intel.openvino.quantization import OVCalibrationDataset
+
+        model = OVModelForCausalLM.from_pretrained(folder, compile=False)
+        inputs = [{"input_ids": torch.tensor([row])} for row in rows]
+        inputs = [{**each, "attention_mask": torch.ones_like(each["input_ids"])} for each in inputs]
+        text = OVCalibrationDataset(nncf.Dataset(inputs, lambda each: model.prepare_inputs(**each)))
+        config = OVWeightQuantizationConfig(
+            bits=4,
+            sym=False,
+            group_size=GROUP,
+            ratio=1.0,
+            quant_method="awq",
+            scale_estimation=True,
+            num_samples=len(rows),
+        )
+        with tempfile.TemporaryDirectory(dir=folder.parent) as compressed:
+            OVQuantizer(model).quantize(
+                ov_config=OVConfig(quantization_config=config),
+                calibration_dataset=text,
+                save_directory=compressed,
+            )
+            for file in Path(compressed).glob("openvino_model.*"):
+                file.replace(folder / file.name)  # the file that was mapped stays until we end
 
     def load(self, model: str, threads: int, context: int, batch: int, **_: Any) -> dict[str, Any]:
         """Make a pipeline whose cache holds `batch` rows of `context` tokens; run one step.
