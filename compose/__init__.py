@@ -30,7 +30,7 @@ def compress(
 
     This is the same as the command `gateskip compress`. Variants in 8 and 4 bits, with and without
     drafts, are made and compared with the original model. The fastest variant within the bounds is
-    exported. Without bounds, the fastest variant without a measured loss of quality is exported.
+    exported. Without bounds, the fastest variant that is shown to keep its quality is exported.
 
     Args:
         model: an alias, a hub id, a folder or a GGUF file.

@@ -1,8 +1,9 @@
 """The answer of a run: which variant to take for speed, for size, for exactness, and its price.
 
 A variant is recommended where a gain is shown, no loss of task score is shown (or it is surely
-under 1 - `KEEP`), and perplexity is not shown to be more than 1 / `KEEP` times the baseline's. What
-the evidence does not exclude stands in the variant's sentence.
+under 1 - `KEEP`), and perplexity is shown to be at most 1 / `KEEP` times the baseline's. Tasks of a
+few hundred questions cannot show that little is lost, but perplexity on a few thousand tokens can.
+What the evidence does not exclude stands in the variant's sentence.
 
 | aim | among variants that | the best by |
 |---|---|---|
@@ -103,6 +104,10 @@ def _recommended(results: Results, aim: Aim) -> Recommendation:
     fit = [cell for cell in known if not _shown_to_lose(results, cell)]
     if not fit:
         return _nothing(aim, f"every {WORDS[aim]} variant is shown to lose quality")
+    fit = [cell for cell in fit if _shown_to_keep(results, cell)]
+    if not fit:
+        why = f"no {WORDS[aim]} variant is shown to keep the quality to within {LOSS}"
+        return _nothing(aim, why)
     best = max(fit, key=lambda cell: _rank(results, cell, aim))
     return Recommendation(aim, best, sentence(results, best))
 
@@ -136,6 +141,8 @@ GAINS: dict[Aim, Callable[[Results, CellResult], bool]] = {
     "exactness": _is_faster_or_smaller,
 }
 """Aim -> what a variant has to gain before it is recommended."""
+
+LOSS = f"{round(100 * (1 - KEEP))} %"
 
 WORDS: dict[Aim, str] = {
     "speed": "faster",
@@ -176,11 +183,24 @@ def _shown_to_lose(results: Results, cell: CellResult) -> bool:
             return True
         if _lost_tasks(quality):
             return True
+    return _by_text(results, cell, end=0)
+
+
+def _shown_to_keep(results: Results, cell: CellResult) -> bool:
+    """Whether the whole interval of what is measured on text lies within `KEEP`."""
+    quality = results.quality(cell)
+    if quality is None or gives_baselines_predictions(results, quality):
+        return True
+    return not _by_text(results, cell, end=1)
+
+
+def _by_text(results: Results, cell: CellResult, end: int) -> bool:
+    """Whether this end of the interval of perplexity, or else of KL, is beyond `KEEP`."""
     ends = interval_of(results, "perplexity-ratio", cell)
     if ends is not None:
-        return ends[0] > 1 / KEEP
+        return ends[end] > 1 / KEEP
     ends = interval_of(results, "kl", cell)
-    return ends is not None and ends[0] > -math.log(KEEP)
+    return ends is not None and ends[end] > -math.log(KEEP)
 
 
 def _rank(results: Results, cell: CellResult, aim: Aim) -> tuple[float, ...]:

@@ -54,7 +54,8 @@ def compress(
 ) -> None:
     """Make a model smaller and faster, and show the cost in quality.
 
-    By default, the result is the fastest variant without a measured loss of quality.
+    By default, the result is the fastest variant that is shown to keep its quality: perplexity at
+    most 5 % higher, and no measured loss in answers.
     """
     from compose.recipes.compress import source_of
     from compose.recipes.recipe import Request, effort_of

@@ -179,3 +179,20 @@ def test_the_answers_of_a_published_run() -> None:
     assert (speed.cell.name, exact.cell.name) == ("int8+network-draft", "bf16+int4-draft")
     assert size.sentence.startswith("6.3x as fast, 55 % of the size")
     assert exact.sentence.endswith("; identical predictions.")
+
+
+@pytest.mark.parametrize(("furthest", "is_fit"), [(0.049, True), (0.053, False), (0.09, False)])
+def test_a_loss_on_text_must_be_shown_to_be_small(furthest: float, is_fit: bool) -> None:
+    """Tasks show no loss; the interval of KL decides, by its upper end: -ln 0.95 is 0.0513."""
+    quality = {
+        "tasks": {"sums": task(97, 200)},
+        "kl_to_baseline": 0.04,
+        "kl_ci95": [0.03, furthest],
+    }
+    answer = recommendations(run_of(DENSE, cell={"quality": quality, "speed": FASTER}))[0]
+    assert (answer.cell is not None) is is_fit
+    if not is_fit:
+        assert answer.sentence == (
+            "Nothing is recommended for speed, because no faster variant is shown to keep the"
+            " quality to within 5 %."
+        )
