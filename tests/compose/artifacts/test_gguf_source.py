@@ -365,7 +365,7 @@ def test_k_blocks_are_grids_but_for_a_stated_error(
     layers = grids_of(kept)
     assert len(layers) == 4 * 7 and {layer.bits for layer in layers.values()} == {bits}
     for name, layer in layers.items():
-        weight = dense.get_submodule(name).weight
+        weight = dense.get_submodule(name).weight.detach()
         error = float((layer.grid().weight() - weight).norm() / weight.norm())
         assert 0 < error < most, name
         packed = PackedLinear.of(layer.grid())
