@@ -802,7 +802,7 @@ def test_a_stage_is_explained_by_its_schema() -> None:
         "  group_size: 32, 64 or 128, default 32\n      Number of weights that share a scale" in out
     )
     assert "  embedding: 4, 6 or 8, or null, default 8\n" in out
-    assert "  allocate.among: list of 2, 3, 4 or 8, default [2, 3, 4, 8]\n" in out
+    assert "  allocate.among: list of 2, 3, 4, 6 or 8, default [2, 3, 4, 8]\n" in out
     assert "  ratio: number, above 0, below 1, required\n" in call("stages", "prune-width")[1]
     assert "  train.steps: integer, at least 0" in call("stages", "gate")[1]
     code, _, err = call("stages", "int5")

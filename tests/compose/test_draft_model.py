@@ -258,7 +258,9 @@ def test_an_export_carries_its_draft_model(export: Path, draft: Path, tiny_llama
     assert settings["draft_weights"] == "model" and "draft_model" not in settings
     held = {path.name for path in (export / "draft_model").iterdir()}
     assert held == {path.name for path in draft.iterdir()}
-    assert "`draft_model` has the model that drafts, `small`" in (export / "README.md").read_text()
+    assert (
+        "`draft_model` holds the model that drafts, `small`" in (export / "README.md").read_text()
+    )
     decoder = gateskip.load(export)
     made = decoder.generate([[5, 2, 9]], 16, **decoder.defaults)
     assert made.stats.draft_weights == "model" and made.stats.drafted
@@ -289,6 +291,7 @@ print(json.dumps([text[0, ids.shape[1]:].tolist(), model._gateskip.draft_model i
 """
 
 
+@pytest.mark.slow
 def test_transformers_drafts_with_the_code_of_the_export(
     export: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:

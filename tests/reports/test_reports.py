@@ -240,6 +240,7 @@ def with_kept(data: dict[str, Any]) -> dict[str, Any]:
         kept = {"value": 0.98, "low": low, "high": high, "n": 1500}
         data["cells"][place]["quality"]["retained"] = kept
         data["cells"][place]["quality"]["perplexity"]["ratio_ci95"] = [0.99, 1.02]
+    data["cells"][9]["quality"]["perplexity"]["ratio_ci95"] = [0.99, 1.02]  # gates+gptq4
     return data
 
 

@@ -267,7 +267,10 @@ def test_no_module_unpickles_evaluates_or_asks_a_shell() -> None:
                 code = line.replace(".eval()", "").partition("#")[0]
                 if dangerous.search(code) and allowed.get(name, "\0") not in line:
                     found.append(f"{name}:{number}: {line.strip()}")
-    known = {"compose/artifacts/bundle.py"}  # a docstring on how exports are loaded elsewhere
+    known = {
+        "compose/artifacts/bundle.py",  # a docstring on how exports are loaded elsewhere
+        "compose/bench/quality/sandboxed.py",  # a model's code, with allow_code and limits
+    }
     assert [each for each in found if each.split(":")[0] not in known] == []
 
 

@@ -214,6 +214,7 @@ def test_mistakes_are_told_at_their_line(
     assert "p.yaml:2:" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_command_keeps_blocks_where_there_are_any(
     file_of: Callable[..., Path], tmp_path: Path
 ) -> None:

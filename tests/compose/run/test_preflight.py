@@ -87,7 +87,7 @@ def test_a_draft_model(tmp_path: Path) -> None:
     ready = found(tmp_path, stages=named, pipelines={"a": ("here",)})
     assert ready.missing == () and "draft model smollm2-135m-instruct" in ready.fetched()
     ready = found(tmp_path, stages=named, pipelines={"a": ("nowhere",)})
-    assert "'nobody/nothing' cannot be had" in said(ready) and ready.to_fetch.draft_models == ()
+    assert "'nobody/nothing' is not available" in said(ready) and ready.to_fetch.draft_models == ()
     assert found(tmp_path, stages=named).to_fetch.draft_models == (), "no chain has these stages"
 
 

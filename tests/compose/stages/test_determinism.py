@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "heal": {"use": "heal", "steps": 3, "length": 32},
     "heal-lora": {"use": "heal", "steps": 3, "length": 32, "backbone": "lora", "lora_rank": 2},
     "int8": {"use": "int8"},
+    "int6": {"use": "int6"},
     "int4": {"use": "int4"},
     "int3": {"use": "int3"},
     "int2": {"use": "int2"},

@@ -450,8 +450,8 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
       DecodeRequest drafting{5, 0, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix};
       drafting.draft = &draft;
       if (drawn) drafting.sampling = &how, draft.distributions = sources.data();
-      Speculation call{5, 6, rounds, rounds, length, longest, embedding, &m, &step, nullptr, &drafting, last.data(), propose, tell,
-                       drawn ? logits.data() : nullptr, shares.data(), uniform.data(), results.data(), sure.data()};
+      Speculation call{5, 6, rounds, rounds, length, longest, embedding, &m, &step, nullptr, nullptr, &drafting,
+                       last.data(), propose, tell, drafting.cap, drawn ? logits.data() : nullptr, shares.data(), uniform.data(), results.data(), sure.data()};
       told.clear();
       gateskip_speculate(&m, &cache, &verifying, &head.matrix, &call, arena.get(), 3);
       check(told.size() == 6 && call.remaining == 0 && call.rounds <= rounds, "rounds", hidden, length, longest);
