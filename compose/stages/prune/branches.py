@@ -53,7 +53,7 @@ class PruneBranches(Pruning):
     """A branch can be removed if it is computed for at most this share of tokens."""
 
     rise: float = Field(default=0.05, gt=0)
-    """Maximum rise of the loss on calibration text when a branch is removed, in nats a token. If
+    """Maximum rise of the loss on calibration text when a branch is removed, in nats per token. If
     the loss rises more, the branch stays. The first token of a text skips no branch, so it may need
     branches that all other tokens skip."""
 

@@ -118,7 +118,7 @@ def save_pruned(model: Any, job: StageJob) -> None:
 
 
 def block_loss(model: Any, block: Tensor) -> Tensor:
-    """Mean cross-entropy of block [B, S] of token ids, in nats a token; differentiable."""
+    """Mean cross-entropy of block [B, S] of token ids, in nats per token; differentiable."""
     from gateskip.training.objectives import next_token_loss
 
     logits = model(block, use_cache=False).logits[:, :-1]
@@ -126,7 +126,7 @@ def block_loss(model: Any, block: Tensor) -> Tensor:
 
 
 def text_loss(model: Any, blocks: Tensor) -> float:
-    """Mean loss over the first `LOSS_BLOCKS` of blocks [N, S], in nats a token."""
+    """Mean loss over the first `LOSS_BLOCKS` of blocks [N, S], in nats per token."""
     import torch
 
     from gateskip.quantization.as_stored import heads_in_float32

@@ -156,7 +156,7 @@ def greedy_drops(model: Any, blocks: Tensor, count: int, job: StageJob) -> list[
     """The layers that a greedy search drops, one after another, with the losses behind each choice.
 
     Each entry has `layer`, `loss`, and `losses`: each remaining layer -> the loss without it, in
-    nats a token.
+    nats per token.
     """
     from gateskip.model.families import backbone
 

@@ -130,7 +130,9 @@ Budget = Annotated[
 ]
 Speculate = Annotated[
     bool | None,
-    typer.Option(help="Decode with or without drafts; the folder sets the default."),
+    typer.Option(
+        help="Decode with or without drafts. By default, the settings of the model folder decide."
+    ),
 ]
 DraftModel = Annotated[
     Path | None,

@@ -38,8 +38,8 @@ class PickOptions:
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to maximize: decode (the default), prefill, retained, accuracy,"
-            " agreement or saved.",
+            help="Metric to maximize: decode (decode speed; the default), prefill (prompt speed),"
+            " retained (task score kept), accuracy, agreement (of predictions) or saved (compute).",
             autocompletion=words("decode", "prefill", "retained", "accuracy", "agreement", "saved"),
         ),
     ] = None
@@ -47,7 +47,8 @@ class PickOptions:
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to minimize: size, kl, perplexity, resident, peak or ttft.",
+            help="Metric to minimize: size (on disk), kl, perplexity, resident or peak (memory), or"
+            " ttft (time to first token).",
             autocompletion=words("size", "kl", "perplexity", "resident", "peak", "ttft"),
         ),
     ] = None

@@ -159,7 +159,7 @@ def search(
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to maximize: decode or prefill.",
+            help="Metric to maximize: decode (decode speed) or prefill (prompt speed).",
             autocompletion=words("decode", "prefill"),
         ),
     ] = None,
@@ -167,7 +167,7 @@ def search(
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to minimize: size, kl or perplexity.",
+            help="Metric to minimize: size (on disk), kl or perplexity.",
             autocompletion=words("size", "kl", "perplexity"),
         ),
     ] = None,
