@@ -24,11 +24,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "mutants.md"
 HEAD = """\
 # Mutants
 
-`make mutants` changes one expression or statement of a source file at a time (a mutant), and runs
-the quick tests that reach the change. Only files that compute published numbers are changed. The
-tool is mutmut, configured in `pyproject.toml`. If a mutant passes all tests, either a test is
-missing or the change has no effect. `make mutants MUTANTS="gateskip.model.compute*"` runs one file
-and prints the mutants that passed all tests.
+A mutant is the source code with one changed expression or statement. `make mutants` creates mutants
+with mutmut (configured in `pyproject.toml`) and runs the quick tests that execute the changed code.
+Only files that compute published numbers are changed. If a mutant passes all tests, either a test
+is missing or the change has no effect. `make mutants MUTANTS="gateskip.model.compute*"` tests the
+mutants of one file and prints the mutants that passed all tests.
 
 | file | mutants | noticed by a test | share | commit |
 |---|---|---|---|---|
