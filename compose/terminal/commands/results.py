@@ -109,7 +109,7 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Convert a model folder, or one variant of a run, for transformers, llama.cpp or vLLM."""
+    """Export a run's variant or a model folder to the format of transformers, llama.cpp or vLLM."""
     from compose.terminal.export import (
         convert,
         export_cell_as,
