@@ -259,7 +259,7 @@ def test_an_export_carries_its_draft_model(export: Path, draft: Path, tiny_llama
     held = {path.name for path in (export / "draft_model").iterdir()}
     assert held == {path.name for path in draft.iterdir()}
     assert (
-        "`draft_model` holds the model that drafts, `small`" in (export / "README.md").read_text()
+        "`draft_model` contains the draft model, `small`" in (export / "README.md").read_text()
     )
     decoder = gateskip.load(export)
     made = decoder.generate([[5, 2, 9]], 16, **decoder.defaults)

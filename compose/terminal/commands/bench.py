@@ -22,28 +22,28 @@ def bench(
         typer.Option(
             "--system",
             metavar="SYSTEM",
-            help="How the folders are decoded: plain (the default), skip:BUDGET or draft:BUDGET."
-            " draft can have the suffixes +auto, +int4, +int3, +int2, +nf4, +int4-head, +learned,"
-            " +lookup, +LENGTH and +verifyBUDGET. skip and draft can have +promptBUDGET, a budget"
-            " for"
-            " prefill. Every system can have +int8-kv (KV cache in 8 bits), and a backend before"
-            " it,"
-            " as in gathered:plain. The first folder and system are the baseline.",
+            help="Way of decoding: plain (the default), skip:BUDGET or draft:BUDGET. draft can"
+            " have the suffixes +auto, +int4, +int3, +int2, +nf4, +int4-head, +learned, +lookup,"
+            " +LENGTH and +verifyBUDGET. skip and draft can have +promptBUDGET, a budget for"
+            " prefill. Every system can end with +int8-kv (KV cache in 8 bits), and begin with a"
+            " backend, as in gathered:plain. The first folder with the first system is the"
+            " baseline.",
         ),
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PEER",
-            help="Also measure another engine with the first folder: llama.cpp:q4_k_m,"
-            " openvino:int4,"
-            " onnxruntime:int4, transformers, transformers:compiled, ...",
+            help="Also run the model of the first folder in another engine: llama.cpp:q4_k_m,"
+            " openvino:int4, onnxruntime:int4, transformers, transformers:compiled, ...",
         ),
     ] = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="ROWS", min=1, help="Batch size: texts that are decoded together; 1 by default."
+            metavar="ROWS",
+            min=1,
+            help="Batch size: number of texts decoded together; 1 by default.",
         ),
     ] = None,
     prompt_tokens: Annotated[
@@ -51,15 +51,15 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Length of the prompt in tokens, 128 by default; further lengths are measured"
-            " with a"
-            " batch size of 1.",
+            help="Length of the prompt in tokens; 128 by default. All lengths after the first are"
+            " measured with a batch size of 1.",
         ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            metavar="PROMPTS", help="Prompts with categories: an alias or a JSON Lines file."
+            metavar="PROMPTS",
+            help="Decode these prompts, which have categories: an alias or a JSON Lines file.",
         ),
     ] = None,
     limit: Annotated[
@@ -67,27 +67,34 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Prompts of each category in one round; each round uses other prompts.",
+            help="Number of prompts per category and round; each round uses other prompts.",
         ),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(metavar="COUNT", min=2, help="Tokens that are decoded after each prompt.")
+        int,
+        typer.Option(metavar="COUNT", min=2, help="Number of tokens to decode after each prompt."),
     ] = 128,
     repeats: Annotated[
         int,
-        typer.Option(metavar="COUNT", min=1, help="Rounds; all systems take turns in each round."),
+        typer.Option(
+            metavar="COUNT",
+            min=1,
+            help="Number of rounds; each round measures all systems in turn.",
+        ),
     ] = 5,
     min_seconds: Annotated[
         float,
         typer.Option(
             metavar="SECONDS",
             min=0,
-            help="Minimum decoding time of each system in a round, in seconds.",
+            help="Minimum decoding time per system and round, in seconds.",
         ),
     ] = 2.0,
     temperature: Annotated[
         float,
-        typer.Option(metavar="NUMBER", min=0.0, help="Sampling temperature; 0 decodes greedily."),
+        typer.Option(
+            metavar="NUMBER", min=0.0, help="Sampling temperature; 0 means greedy decoding."
+        ),
     ] = 0.0,
     top_p: Annotated[
         float,
@@ -95,15 +102,16 @@ def bench(
             metavar="SHARE",
             min=0.01,
             max=1.0,
-            help="Sample from the most likely tokens that together have this probability.",
+            help="Sample only from the most likely tokens whose probabilities add up to this"
+            " number.",
         ),
     ] = 1.0,
     one_process: Annotated[
         bool,
         typer.Option(
             show_default=False,
-            help="Time all folders in one process, because two equal processes can differ in"
-            " speed.",
+            help="Measure all folders in one process, because speed can differ between two"
+            " processes.",
         ),
     ] = False,
     threads: Annotated[
@@ -122,8 +130,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Text for perplexity and KL; if given several times, the first available text is"
-            " used.",
+            help="Text for perplexity and KL. If several texts are given, the first available text"
+            " is used.",
             rich_help_panel=QUALITY,
         ),
     ] = None,
@@ -149,7 +157,7 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Number of questions of each task.",
+            help="Maximum number of questions per task.",
             rich_help_panel=QUALITY,
         ),
     ] = 500,

@@ -27,7 +27,8 @@ def compress(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Round without calibration text: takes minutes, loses more quality."
+            "--quick",
+            help="Round the weights without calibration text: takes minutes, loses more quality.",
         ),
     ] = False,
     best: Annotated[
@@ -37,7 +38,7 @@ def compress(
         ),
     ] = False,
     drafts: Annotated[
-        bool, typer.Option(help="Also try decoding with drafts, which do not change the text.")
+        bool, typer.Option(help="Also try decoding with drafts, which do not change the output.")
     ] = True,
     gguf: Annotated[
         bool, typer.Option("--gguf", help="Also write the file DIR.gguf for llama.cpp.")

@@ -23,7 +23,7 @@ def stages(
     ] = None,
     rules: Annotated[
         bool,
-        typer.Option("--rules", help="Print a table of the stages that may follow each stage."),
+        typer.Option("--rules", help="List the stages that may follow each stage, in a table."),
     ] = False,
 ) -> None:
     """List the stages of pipeline files, or explain the settings of one stage."""

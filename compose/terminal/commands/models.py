@@ -63,10 +63,10 @@ def generate(
     seed: Seed = 0,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Stop the answer when this text appears."),
+        typer.Option(metavar="TEXT", help="End the answer when the model writes this text."),
     ] = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Also print the speed and the numbers of tokens.")
+        bool, typer.Option("--stats", help="Also print the speed and the token counts.")
     ] = False,
     keep_blocks: BlocksOrNot = None,
 ) -> None:
@@ -113,7 +113,9 @@ def insight(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model folder with gates.")],
     text: Annotated[
         str,
-        typer.Option(metavar="TEXT", help="The text to analyse; @FILE reads the text from a file."),
+        typer.Option(
+            metavar="TEXT", help="The text to analyse; @FILE reads this text from a file."
+        ),
     ],
     budget: Annotated[
         float | None,
@@ -130,7 +132,7 @@ def insight(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Colour each token of a text by the share of attention and MLP branches that it computes."""
+    """Colour each token of a text by the share of branches that is computed for the token."""
     from compose.contract import InsightJob
     from compose.processes.worker_process import ask_once
     from compose.store import require_writable, write_text
@@ -155,28 +157,35 @@ def tune_draft(
     prompts: Annotated[
         str,
         typer.Option(
-            metavar="PROMPTS", help="Prompts to time drafts with: an alias or a JSON Lines file."
+            metavar="PROMPTS",
+            help="Prompts for measuring the speed of drafts: an alias or a JSON Lines file.",
         ),
     ] = "prompts",
     limit: Annotated[
-        int | None, typer.Option(metavar="COUNT", min=1, help="Number of prompts of each category.")
+        int | None, typer.Option(metavar="COUNT", min=1, help="Number of prompts per category.")
     ] = 1,
     new_tokens: Annotated[
-        int, typer.Option(metavar="COUNT", min=2, help="Tokens that are decoded after each prompt.")
+        int,
+        typer.Option(metavar="COUNT", min=2, help="Number of tokens to decode after each prompt."),
     ] = 64,
     repeats: Annotated[
-        int, typer.Option(metavar="COUNT", min=1, help="Rounds of timing in the final comparison.")
+        int,
+        typer.Option(
+            metavar="COUNT",
+            min=1,
+            help="Number of rounds in which the fastest drafts are compared.",
+        ),
     ] = 5,
     write: Annotated[
         bool,
         typer.Option(
-            help="Store the fastest draft in the folder as its default; on by default.",
+            help="Make the fastest draft the default of the model folder; on by default.",
             show_default=False,
         ),
     ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Time the drafts for a model folder, and store the fastest as the folder's default."""
+    """Find the fastest draft for a model folder, and make it the default of this folder."""
     from compose.contract import TuneJob
     from compose.terminal.live.progress import ask_shown
     from compose.terminal.show import print_tuned

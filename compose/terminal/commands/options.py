@@ -43,15 +43,13 @@ ModelFolder = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(
-        metavar="FOLDER", help="The folder for results and for the model folders that are made."
-    ),
+    typer.Option(metavar="FOLDER", help="The folder for results and for stored model folders."),
 ]
 ExecutorName = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Where processes run: local or ray.",
+        help="Where stages and measurements run: local or ray (a Ray cluster).",
         autocompletion=words("local", "ray"),
     ),
 ]
@@ -60,7 +58,7 @@ Workers = Annotated[
     typer.Option(
         metavar="COUNT",
         min=1,
-        help="Number of processes at the same time; with 1, each process uses all cores.",
+        help="Maximum number of parallel processes. With the value 1, each process uses all cores.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only failures and the result.")]
@@ -76,14 +74,16 @@ AsEvents = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 KeepBlocks = Annotated[
     bool,
-    typer.Option("--keep-blocks", help="Run a GGUF file's quantized blocks as integer weights."),
+    typer.Option(
+        "--keep-blocks", help="Keep the quantized blocks of a GGUF file as integer weights."
+    ),
 ]
 BlocksOrNot = Annotated[
     bool | None,
     typer.Option(
         "--keep-blocks/--dequantize",
-        help="Run a GGUF file's quantized blocks as integer weights, or as bfloat16. By default,"
-        " blocks are kept.",
+        help="Keep the quantized blocks of a GGUF file as integer weights (the default), or"
+        " dequantize them to bfloat16.",
         show_default=False,
     ),
 ]
@@ -99,7 +99,8 @@ AtMostKl = Annotated[
 AtMostPerplexityRatio = Annotated[
     float | None,
     typer.Option(
-        metavar="RATIO", help="Maximum perplexity, divided by the perplexity of the baseline."
+        metavar="RATIO",
+        help="Maximum ratio of a variant's perplexity to the baseline's perplexity.",
     ),
 ]
 AtMostMb = Annotated[
@@ -109,7 +110,8 @@ AtMostMb = Annotated[
 MinRetained = Annotated[
     float | None,
     typer.Option(
-        metavar="SHARE", help="Minimum task score, divided by the score of the baseline (0 to 1)."
+        metavar="SHARE",
+        help="Minimum ratio of a variant's task score to the baseline's score, from 0 to 1.",
     ),
 ]
 
@@ -131,25 +133,26 @@ Budget = Annotated[
 Speculate = Annotated[
     bool | None,
     typer.Option(
-        help="Decode with or without drafts. By default, the settings of the model folder decide."
+        help="Decode with or without drafts. By default, the setting in the model folder applies."
     ),
 ]
 DraftModel = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Let another model with the same tokenizer draft: a folder, or a GGUF file.",
+        help="A second model, which drafts: a folder or a GGUF file with the same tokenizer.",
     ),
 ]
 Temperature = Annotated[
-    float, typer.Option(metavar="NUMBER", min=0.0, help="Sampling temperature; 0 decodes greedily.")
+    float,
+    typer.Option(metavar="NUMBER", min=0.0, help="Sampling temperature; 0 means greedy decoding."),
 ]
 TopK = Annotated[
     int,
     typer.Option(
         metavar="COUNT",
         min=0,
-        help="Sample from this number of most likely tokens; 0 means all tokens.",
+        help="Sample only from the COUNT most likely tokens; 0 means all tokens.",
     ),
 ]
 TopP = Annotated[
@@ -158,7 +161,7 @@ TopP = Annotated[
         metavar="SHARE",
         min=0.01,
         max=1.0,
-        help="Sample from the most likely tokens that together have this probability.",
+        help="Sample only from the most likely tokens whose probabilities add up to this number.",
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Seed for sampling.")]

@@ -38,8 +38,9 @@ class PickOptions:
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to maximize: decode (decode speed; the default), prefill (prompt speed),"
-            " retained (task score kept), accuracy, agreement (of predictions) or saved (compute).",
+            help="Metric to maximize: decode (decode speed; the default), prefill (prefill speed),"
+            " retained (task score / baseline's score), accuracy, agreement (share of equal greedy"
+            " predictions) or saved (share of compute saved).",
             autocompletion=words("decode", "prefill", "retained", "accuracy", "agreement", "saved"),
         ),
     ] = None
@@ -47,8 +48,8 @@ class PickOptions:
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to minimize: size (on disk), kl, perplexity, resident or peak (memory), or"
-            " ttft (time to first token).",
+            help="Metric to minimize: size (on disk), kl, perplexity, resident (memory of the"
+            " weights), peak (memory) or ttft (time to first token).",
             autocompletion=words("size", "kl", "perplexity", "resident", "peak", "ttft"),
         ),
     ] = None
@@ -56,14 +57,15 @@ class PickOptions:
         bool,
         typer.Option(
             "--by-estimate",
-            help="Compare bounds on quality with the estimates, not with the worse ends of the"
-            " 95 % intervals.",
+            help="Apply bounds on quality to the estimates, not to the worse ends of the 95 %"
+            " intervals.",
         ),
     ] = False
     require_lossless: Annotated[
         bool,
         typer.Option(
-            help="Leave out variants whose drafts are not shown to be lossless; on by default.",
+            help="Leave out variants with drafts that did not pass the lossless check; on by"
+            " default.",
             show_default=False,
         ),
     ] = True

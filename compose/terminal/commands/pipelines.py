@@ -64,7 +64,8 @@ def plan(
     estimate: Annotated[
         bool,
         typer.Option(
-            "--estimate", help="Estimate time, memory and disk from earlier runs on this machine."
+            "--estimate",
+            help="Estimate time, memory and disk space from earlier runs on this machine.",
         ),
     ] = False,
 ) -> None:
@@ -114,7 +115,8 @@ def run(
         bool,
         typer.Option(
             "--retry-failed",
-            help="Retry steps and variants that crashed, hung or hit a limit in an earlier run.",
+            help="Retry steps and variants that crashed, hung or exceeded a limit in an earlier"
+            " run.",
         ),
     ] = False,
     workers: Workers = None,
@@ -159,7 +161,7 @@ def search(
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to maximize: decode (decode speed) or prefill (prompt speed).",
+            help="Metric to maximize: decode (decode speed) or prefill (prefill speed).",
             autocompletion=words("decode", "prefill"),
         ),
     ] = None,
@@ -174,7 +176,9 @@ def search(
     minutes: Annotated[
         float | None,
         typer.Option(
-            metavar="MINUTES", min=0, help="Propose no new chains after this time, in minutes."
+            metavar="MINUTES",
+            min=0,
+            help="Stop proposing new chains of stages after this time, in minutes.",
         ),
     ] = None,
     out: Out = Path("runs"),
@@ -183,7 +187,7 @@ def search(
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
-    """Find the best chain of stages for one metric within bounds (docs/search.md)."""
+    """Find the chain of stages that is best in one metric and meets all bounds (docs/search.md)."""
     from compose.language.parse import load_pipeline
     from compose.processes.executors import make_executor
     from compose.search.target import make_target

@@ -20,9 +20,8 @@ GgufType = Annotated[
     typer.Option(
         "--type",
         metavar="TYPE",
-        help="Type of unquantized weights in a GGUF file: f32, f16 (the default), bf16, q8_0, q4_1"
-        " or"
-        " q4_0. Integer weights are copied.",
+        help="GGUF type for unquantized weights: f32, f16 (the default), bf16, q8_0, q4_1 or q4_0."
+        " Quantized weights are copied unchanged.",
         autocompletion=words("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0"),
     ),
 ]
@@ -33,7 +32,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN_DIR",
-            help="The folder of a run; other runs are compared with the first run.",
+            help="The folder of a run. If several are given, all others are compared with the"
+            " first.",
         ),
     ],
     fail_on_regression: Annotated[
@@ -43,7 +43,7 @@ def report(
         ),
     ] = False,
 ) -> None:
-    """Write the report of a run again, or compare runs."""
+    """Write the report of a finished run again, or compare runs."""
     from compose.terminal.reports import compare_and_tell, draw
 
     for run_dir in run_dirs:
@@ -77,7 +77,9 @@ def export(
     ],
     to: Annotated[
         Path,
-        typer.Option(metavar="PATH", help="The folder to write, or the file to write for gguf."),
+        typer.Option(
+            metavar="PATH", help="The folder to write; with --format gguf, the file to write."
+        ),
     ],
     *,
     output_format: Annotated[
@@ -102,12 +104,12 @@ def export(
         bool,
         typer.Option(
             "--verify",
-            help="Also decode 32 tokens with the hf folder and compare them with those of the"
-            " source.",
+            help="Check the written hf folder: decode 32 tokens, and compare them with the tokens"
+            " of the source.",
         ),
     ] = False,
 ) -> None:
-    """Write a variant of a run, or a model folder, for transformers, llama.cpp or vLLM."""
+    """Export a run's variant or a model folder to the format of transformers, llama.cpp or vLLM."""
     from compose.terminal.export import (
         convert,
         export_cell_as,
