@@ -25,7 +25,7 @@ RULES: dict[str, str] = {
     "codes-are-grids": "`backbone: codes` needs integer grids: int8, int6, int4, int3 or int2.",
     "gate-after-quantize": "packed weights cannot be trained with gates: put the gate stage first.",
     "prune-after-gate": "gates are calibrated for the pruned model: prune before the gate stage.",
-    "heal-after-gate": "gates are calibrated for the healed model: heal before the gate stage.",
+    "heal-after-gate": "heal first, because gates are calibrated for the healed model.",
     "group-divides": "a quantization group must divide the inputs of every linear layer.",
     "whole-tiles": "sizes of packed weights must be multiples of the tiles that kernels read.",
     "branches-need-gates": "gates tell which branches are skipped: add a gate stage before.",
