@@ -258,9 +258,7 @@ def test_an_export_carries_its_draft_model(export: Path, draft: Path, tiny_llama
     assert settings["draft_weights"] == "model" and "draft_model" not in settings
     held = {path.name for path in (export / "draft_model").iterdir()}
     assert held == {path.name for path in draft.iterdir()}
-    assert (
-        "`draft_model` contains the draft model, `small`" in (export / "README.md").read_text()
-    )
+    assert "`draft_model` contains the draft model, `small`" in (export / "README.md").read_text()
     decoder = gateskip.load(export)
     made = decoder.generate([[5, 2, 9]], 16, **decoder.defaults)
     assert made.stats.draft_weights == "model" and made.stats.drafted

@@ -20,8 +20,8 @@ GgufType = Annotated[
     typer.Option(
         "--type",
         metavar="TYPE",
-        help="GGUF type for unquantized weights: f32, f16 (the default), bf16, q8_0, q4_1 or q4_0."
-        " Quantized weights are copied unchanged.",
+        help="GGUF type for weights that no stage rounded: f32, f16 (the default), bf16, q8_0,"
+        " q4_1 or q4_0. Quantized weights are copied unchanged.",
         autocompletion=words("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0"),
     ),
 ]
