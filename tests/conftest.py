@@ -220,7 +220,7 @@ def make_job() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def grid_folder(
-    make_job: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    make_job: Callable[..., Any], licence_text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """`grid_folder(source, "int4", embedding=6)`: what that stage makes of a folder, made once."""
     from compose.stages.registry import STAGES, DataSpec
@@ -232,7 +232,7 @@ def grid_folder(
         if key not in made:
             target = tmp_path_factory.mktemp(use) / "model"
             target.mkdir()
-            text = DataSpec(source=str(ROOT / "docs/structure.md"), limit=4, length=64)
+            text = DataSpec(source=str(licence_text), limit=4, length=64)
             stage = STAGES[use].model_validate({"use": use, "compensate": False, **settings})
             stage.run(make_job(source, target, calibration=text))
             made[key] = target

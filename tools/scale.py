@@ -144,7 +144,7 @@ def measured_rows(costs: list[Cost]) -> list[str]:
             "measured on 135M weights",
             "seconds",
             "weights x tokens",
-            "weights x tokens a second",
+            "weights x tokens per second",
             "peak memory",
         ),
         "|---|---|---|---|---|",

@@ -60,10 +60,13 @@ def test_packed_models(
 ) -> None:
     folder = draft if drafts is None else grid_folder(draft, drafts, group_size=32)
     decoder = gateskip.load(grid_folder(tiny_llama, target, group_size=32), draft_model=folder)
+    accepted = 0
     for prompt in PROMPTS:
         made = written(decoder, [prompt])
         assert made.tokens == decoder.generate([prompt], 24).tokens
-        assert 0 < made.stats.accepted < made.stats.drafted
+        accepted += made.stats.accepted
+        assert made.stats.accepted < made.stats.drafted
+    assert accepted
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
