@@ -106,19 +106,19 @@ def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
 def inverse_factor(moments: Tensor) -> Tensor:
     """The upper triangular U with U^T U the inverse of moments [k, k]: the inverse of their
     Cholesky factor from the other end, which takes half the operations of inverting moments."""
-    lower: Tensor = torch.linalg.cholesky(moments.flip(0, 1))
-    return _inverse(lower).flip(0, 1)
+    factor: Tensor = torch.linalg.cholesky(moments.flip(0, 1))
+    _invert(factor)
+    return factor.flip(0, 1)
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix [k, k], by its quarters."""
-    size = len(lower)
-    if size <= LEAF:
+def _invert(lower: Tensor) -> None:
+    """Invert a lower triangular matrix [k, k] by its quarters, in its own memory."""
+    if (size := len(lower)) <= LEAF:
         one = torch.eye(size, device=lower.device)
-        solved: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
-        return solved
-    half, inverse = size // 2, torch.zeros_like(lower)
-    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    torch.mm(last @ lower[half:, :half], first, out=inverse[half:, :half]).neg_()
-    return inverse
+        lower.copy_(torch.linalg.solve_triangular(lower, one, upper=False))
+        return
+    first, last = lower[: size // 2, : size // 2], lower[size // 2 :, size // 2 :]
+    _invert(first)
+    _invert(last)
+    below = lower[size // 2 :, : size // 2]
+    below.copy_((last @ below) @ first).neg_()
