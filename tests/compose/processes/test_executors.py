@@ -16,7 +16,7 @@ import psutil
 import pytest
 from jobs import write_idle_job
 
-from compose.contract import AnswerJob, Needs, Role
+from compose.contract import AnswerJob, Role
 from compose.errors import ArtifactError, StepError, UserError
 from compose.processes import worker_process
 from compose.processes.executors import LocalExecutor, make_executor
@@ -281,27 +281,6 @@ def test_ray_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"gateskip-compose\[ray\]"):
         make_executor("ray", 1)
-
-
-@pytest.mark.slow
-def test_the_same_worker_runs_under_ray(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    executor = make_executor("ray", 1)
-    try:
-        write_idle_job(tmp_path / "job.json")
-        for here in (False, True):
-            worker = executor.start(
-                "cell", tmp_path / "job.json", tmp_path / "log", Needs(here=here)
-            )
-            worker.send({"do": "speed", "round": 0, "batch": 1})
-            assert "before it was loaded" in worker.receive()["error"]
-            worker.send({"do": "quit"})
-            with pytest.raises(StepError, match="exit code 0"):
-                worker.receive()
-            worker.stop()
-            worker.stop()
-    finally:
-        executor.close()
 
 
 @pytest.mark.slow

@@ -19,10 +19,12 @@ from typing import Any
 import chaos
 import psutil
 import pytest
+from jobs import write_idle_job
 
 from compose.contract import Allowed, Needs
 from compose.errors import StepError, UserError, WorkerLost
 from compose.processes.endings import Ending, ending_of, lost
+from compose.processes.executors import make_executor
 from compose.processes.ray_nodes import SPEED
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -226,6 +228,28 @@ def test_what_ended_a_worker_comes_over_from_its_node(tmp_path: Path) -> None:
     assert ending_of(caught.value) == Ending(node="n0", node_lost=True)
     assert "memory" not in str(caught.value), "nothing is guessed"
     assert executor._left == {tmp_path / "a.json": {"n0"}}
+
+
+# Beside the clusters below in one file, hence in one process: Ray joins the cluster that it finds.
+@pytest.mark.slow
+def test_the_same_worker_runs_under_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    executor = make_executor("ray", 1)
+    try:
+        write_idle_job(tmp_path / "job.json")
+        for here in (False, True):
+            worker = executor.start(
+                "cell", tmp_path / "job.json", tmp_path / "log", Needs(here=here)
+            )
+            worker.send({"do": "speed", "round": 0, "batch": 1})
+            assert "before it was loaded" in worker.receive()["error"]
+            worker.send({"do": "quit"})
+            with pytest.raises(StepError, match="exit code 0"):
+                worker.receive()
+            worker.stop()
+            worker.stop()
+    finally:
+        executor.close()
 
 
 # --- A cluster of three nodes, here --------------------------------------------------------------
