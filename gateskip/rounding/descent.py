@@ -79,14 +79,13 @@ def _descend_block(
 ) -> None:
     """All groups of a block, one after another, in place: lost [block, n], codes, and lines.
     moments [block, block] are its own; `seen` [block, n] is used up."""
+    group = len(lost) // len(lines.scale)
     if lost.device.type == "cpu" and build.library() is not None:
         tensors = moments, seen, lines.zero, lost, codes, lines.scale, lines.lowest
         pointers = [None if part is None else part.data_ptr() for part in tensors]
-        group = len(lost) // len(lines.scale)
         sizes = lost.shape[1], len(lost), group, lines.bits, int(lines.symmetric)
         ops.descend_block(abi.DescentBlock(*pointers, *sizes, torch.get_num_threads()))
         return
-    group = len(lost) // len(lines.scale)
     for number in range(len(lines.scale)):
         part = slice(number * group, (number + 1) * group)
         change = _descend_group(moments[part, part], seen[part], codes[part], lines, number)

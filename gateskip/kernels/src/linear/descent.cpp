@@ -1,5 +1,7 @@
 // Coordinate descent of a block of columns: of each group first the line, a scale and a lowest value, then the codes,
 // one column after the other. gateskip/rounding/descent.py has the same in torch's operators and explains it.
+#include <vector>
+
 #include "columns.h"
 
 namespace {
@@ -99,6 +101,9 @@ extern "C" {
 void gateskip_descend_block(const DescentBlock* all) {
   const int64_t n = all->n;
   const int block = all->block, size = all->group;
+  std::vector<Here> groups;  // the same for all rows
+  for (int start = 0; start < block; start += size)
+    groups.emplace_back(all->moments + int64_t(start) * block + start, block, size);
 #pragma omp parallel for num_threads(all->threads) schedule(static)
   for (int64_t first = 0; first < n; first += ROWS_AT_ONCE) {
     const int count = int(std::min<int64_t>(ROWS_AT_ONCE, n - first));
@@ -107,7 +112,7 @@ void gateskip_descend_block(const DescentBlock* all) {
     for (int start = 0; start < block; start += size) {
       const int64_t line = start / size * n + first;
       const float* moments = all->moments + int64_t(start) * block;
-      const Here here(moments + start, block, size);
+      const Here& here = groups[start / size];
       Group group;
       Column before[MAX_GROUP];  // values
       group.scale = column_of(all->scale + line, count);

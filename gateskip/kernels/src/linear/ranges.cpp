@@ -32,7 +32,7 @@ void choose_codes(const Weights& weights, float most, Fit& fit) {
 
 void fit_real(const Weights& weights, const Column& low, const Column& high, int bits, Fit& fit) {
   const float most = float((1 << bits) - 1);
-  Column mean_code = {}, spread = {}, slope = {};
+  Column mean_code = {}, spread = {}, covariance = {};
   LANES fit.scale[l] = (high[l] - low[l]) / most;
   for (int i = 0; i < weights.group; i++)
     LANES {
@@ -44,10 +44,10 @@ void fit_real(const Weights& weights, const Column& low, const Column& high, int
     LANES {
       const float off = fit.codes[i][l] - mean_code[l], by = weights.importance[i][l] * off;
       spread[l] += by * off;
-      slope[l] += by * (weights.at[i][l] - weights.mean[l]);
+      covariance[l] += by * (weights.at[i][l] - weights.mean[l]);
     }
   LANES {
-    const float line = slope[l] / std::max(spread[l], 1e-20f);
+    const float line = covariance[l] / std::max(spread[l], 1e-20f);
     fit.scale[l] = std::max(spread[l] == 0.0f ? fit.scale[l] : line, 0.0f);
   }
   fit.scale = exact_scale(fit.scale);
