@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import cell_job
 from pydantic import ValidationError
 from tiny_models import first_layers
 
@@ -21,7 +22,6 @@ import gateskip
 from compose.artifacts.folder import write_lineage
 from compose.bench.cell import CellBench
 from compose.bench.generate import answer, continue_probe, decode_settings
-from compose.contract import CellJob
 from compose.errors import ArtifactError, AssetError, PipelineError, PlanError, StepError
 from compose.language.schema import Benchmark
 from compose.outputs.export import assemble, decode_default
@@ -161,20 +161,7 @@ def bench(folder: Path, draft: Path, scratch: Path, **settings: Any) -> CellBenc
     benchmark = Benchmark().model_dump(mode="json")
     benchmark["lossless"] |= {"prompts": 2, "new_tokens": 8}
     decode = Speculate(draft_model=str(draft), **settings).model_dump(mode="json")
-    return CellBench(
-        CellJob(
-            name="cell",
-            folder=folder,
-            baseline_folder=folder,
-            decode=decode,
-            benchmark=benchmark,
-            seed=0,
-            dtype="float32",
-            asset_cache=scratch / "cache",
-            reference=scratch / "reference",
-            threads=None,
-        )
-    )
+    return CellBench(cell_job(folder, scratch, decode=decode, benchmark=benchmark))
 
 
 def test_a_cell_is_checked_and_counts_what_its_draft_model_drafted(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import cell_job
 
 from compose.assets import default_cache
 from compose.bench.cell import CellBench
@@ -166,17 +167,8 @@ def jobs(make_tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., CellJo
     settings["speed"] |= {"prompt_tokens": 16, "new_tokens": 8}
 
     def make(name: str) -> CellJob:
-        return CellJob(
-            name=name,
-            folder=folder,
-            baseline_folder=folder,
-            decode=None,
-            benchmark=settings,
-            seed=0,
-            dtype="float32",
-            asset_cache=default_cache(),
-            reference=tmp_path / "reference",
-            threads=1,
+        return cell_job(
+            folder, tmp_path, name=name, benchmark=settings, asset_cache=default_cache(), threads=1
         )
 
     return make

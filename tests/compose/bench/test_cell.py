@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import cell_job
 from transformers import AutoTokenizer
 
 from compose.assets import default_cache, token_blocks
 from compose.bench.cell import CellBench
 from compose.bench.speed.workloads import TurnText, add_turns, categories, rows_of, running_text
-from compose.contract import CellJob
 from compose.language.schema import Benchmark
 from compose.results.schema import CellResult
 from compose.results.speculation import LosslessCheck
@@ -36,18 +36,7 @@ def _bench(
     folder: Path, benchmark: dict[str, Any], scratch: Path, decode: dict[str, Any] | None
 ) -> CellBench:
     return CellBench(
-        CellJob(
-            name="cell",
-            folder=folder,
-            baseline_folder=folder,
-            decode=decode,
-            benchmark=benchmark,
-            seed=0,
-            dtype="float32",
-            asset_cache=default_cache(),
-            reference=scratch / "reference",
-            threads=None,
-        )
+        cell_job(folder, scratch, decode=decode, benchmark=benchmark, asset_cache=default_cache())
     )
 
 

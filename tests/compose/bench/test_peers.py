@@ -18,6 +18,7 @@ import pytest
 import torch
 from gguf_files import ARCHITECTURES, SIX_LAYERS
 from gguf_files import converted as written_like_llama_cpp
+from jobs import cell_job
 from peer_environments import environment_of
 from transformers import AutoTokenizer
 
@@ -36,7 +37,7 @@ from compose.bench.peers.table import (
     is_peer,
     parse_peer,
 )
-from compose.contract import CellJob, DataSpec, silent
+from compose.contract import DataSpec, silent
 from compose.errors import StepError, UserError
 from compose.stages.text.split_text import split_blocks
 from compose.workers.main import _calibration_rows
@@ -136,16 +137,11 @@ def test_calibrated_engines_get_the_rows_of_the_rounding_stage(
 ) -> None:
     (tmp_path / "own.txt").write_text("Each contributor grants you a licence.\n" * 60)
     spec = DataSpec(source=source or str(tmp_path / "own.txt"), limit=3, length=16)
-    job = CellJob(
+    job = cell_job(
+        tiny_llama,
+        tmp_path,
         name="llama.cpp:q4_0+imatrix",
-        folder=tiny_llama,
-        baseline_folder=tiny_llama,
-        decode=None,
-        benchmark={},
         seed=5,
-        dtype="float32",
-        asset_cache=tmp_path / "cache",
-        reference=tmp_path / "reference",
         threads=1,
         peer="llama.cpp:q4_0+imatrix",
         calibration=spec,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import cell_job
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -20,7 +21,6 @@ from compose.bench.quality.continuations import score_continuations
 from compose.bench.quality.own_answers import DenseAnswers, score_answers
 from compose.bench.quality.scored import Scored, text_compute
 from compose.bench.quality.squad import f1, process_results
-from compose.contract import CellJob
 from compose.language.schema import Benchmark, Quality
 from compose.results.quality import Quality as QualityResult
 from compose.results.quality import common_prefix
@@ -192,17 +192,12 @@ def _bench(folder: Path, base: Path, scratch: Path, dtype: str = "float32") -> C
     settings["quality"] |= {"perplexity": [str(scratch / "scored.txt")], "own_answers": asked}
     settings["quality"] |= {"perplexity_tokens": 1024}
     return CellBench(
-        CellJob(
-            name="cell",
-            folder=folder,
+        cell_job(
+            folder,
+            scratch,
             baseline_folder=base,
-            decode=None,
             benchmark=settings,
-            seed=0,
             dtype=dtype,
-            asset_cache=scratch / "cache",
-            reference=scratch / "reference",
-            threads=None,
             learns_from=[(str(scratch / "scored.txt"), None)] if folder == base else (),
         )
     )
