@@ -253,9 +253,13 @@ def test_the_report_opens_with_the_answer_and_its_price() -> None:
     speed, size, exact = summary(report)
     assert (speed.aim, size.aim, exact.aim) == ("For speed", "For size", "For exactness")
     assert speed.row is not None and speed.row.cell.name == "gates+gptq4+spec"
-    assert size.row is not None and size.row.cell.name == "nf4" and "of the size" in size.price
+    assert (
+        size.row is not None
+        and size.row.cell.name == "nf4"
+        and "% of the original model's disk space" in size.price
+    )
     assert exact.row is not None and exact.row.cell.name == "gates+spec"
-    assert exact.price.endswith("identical predictions.")
+    assert exact.price.endswith("Its predictions are identical to those of the original model.")
     words, markdown = Page(to_html(report, {})).words, to_markdown(report, {})
     for text in (words, markdown):
         place = text.index("Recommended")
