@@ -373,7 +373,7 @@ def test_every_point_of_a_front_has_its_name(drawn: dict[str, Picture], report: 
 def test_the_picture_of_the_readme_names_every_point_in_light_and_dark() -> None:
     report = read(PUBLISHED / "peers")
     light = pictures(report)["front-decode"]
-    assert "Without room" not in light.caption
+    assert "Marks without a name" not in light.caption
     dark = dark_pngs(report, ["front-decode"])["front-decode"]
     assert dark.startswith(b"\x89PNG") and dark != light.png
 
@@ -500,7 +500,7 @@ def test_what_else_is_known_of_the_run_is_said(evident: Report) -> None:
         "900.0 MB",
         "0123456789abcdef",
         "prompts: bfloat16",
-        "Noise floor: the dense model in float32",
+        "Noise floor: computed in float32, the dense model",
     ):
         assert known in words
         assert escape_markdown(known) in markdown

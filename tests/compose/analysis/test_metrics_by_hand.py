@@ -458,8 +458,8 @@ class TestBoundsInWords:
         with pytest.raises(UserError) as caught:
             pick(results, maximize="ttft")
         assert str(caught.value) == (
-            "no variant of run 'test' has a measurement of seconds to the first token\n  fix: choose "
-            "a metric that the run measured, or measure this one (`benchmark`)"
+            "no variant of run 'test' has a measurement of seconds to the first token\n  fix: "
+            "choose a metric that the run measured, or measure this one (`benchmark`)"
         )
         with pytest.raises(UserError, match=r"^cannot maximize 'tfft'\n.*did you mean 'ttft'"):
             pick(results, maximize="tfft")
