@@ -48,7 +48,7 @@ OLD: Mapping[str, Callable[..., Any]] = {
 app = typer.Typer(
     cls=Commands,
     name="gateskip",
-    help="Make a language model smaller and faster, and measure the cost in quality.",
+    help="Make a language model smaller and faster, and measure how much quality it loses.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

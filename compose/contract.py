@@ -60,18 +60,20 @@ class DataSpec(BaseModel):
     )
 
     source: str = Field(default="calibration-text", min_length=1)
-    """An alias, a hub data set id, or a path (from the YAML file) to .txt, .jsonl, .json or .xz."""
+    """Source of the text: an alias, a hub data set id, or a path to a .txt, .jsonl, .json or .xz
+    file, relative to the pipeline file."""
 
     mix: dict[str, Weight] = {}
-    """Several sources with their weights, instead of `source`: `{training-text: 1, sums: 1}`. The
-    weight of a source is its share of the blocks."""
+    """Several sources of text with their weights, instead of one `source`, such as `{training-text:
+    1, sums: 1}`. The share of blocks from each source is proportional to its weight."""
 
     answered: tuple[str, ...] = ()
-    """Sources in which the original model writes the answers to prompts and to the user's messages
-    in chats. In other text, it continues the first quarter of each block."""
+    """Sources of text in which the original model writes the answers: to prompts, and to the user's
+    messages in chats. In text without prompts and chats, the original model continues the first
+    quarter of each block."""
 
     limit: int = Field(default=128, ge=1)
-    """Number of texts that are taken from each source, in a fixed order."""
+    """Number of texts that are taken from each source; every run takes the same texts."""
 
     length: int = Field(default=512, ge=8)
     """Length of a block of text, in tokens."""

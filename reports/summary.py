@@ -72,9 +72,10 @@ def original(report: Report) -> str:
     prefill, score, perplexity = (row.get(m) for m in ("prefill", "accuracy", "perplexity"))
     parts = [
         _figure(row),
-        None if prefill is None else f"{PAGE.number(prefill)} tokens/s in prompts",
+        None if prefill is None else f"{PAGE.number(prefill)} tokens/s in prefill",
         None if score is None else f"mean task score {PAGE.percent(score)}",
         None if perplexity is None else f"perplexity {PAGE.number(perplexity)}",
     ]
     known = ", ".join(part for part in parts if part)
-    return f"Compared with {row.cell.name}, the original model{f': {known}' if known else ''}."
+    values = f": {known}" if known else ""
+    return f"All variants are compared with {row.cell.name}, the original model{values}."

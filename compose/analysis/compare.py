@@ -107,13 +107,17 @@ def regressions(changes: tuple[Change, ...]) -> tuple[Change, ...]:
 def _only_in(one: Results, other: Results, which: str) -> Iterator[Change]:
     for cell in one.measured:
         if other.find(cell.name) is None:
-            yield Change(cell.name, "status", "not comparable", why=f"only in the {which} run")
+            yield Change(
+                cell.name, "status", "not comparable", why=f"the variant is only in the {which} run"
+            )
 
 
 def _of_status(old: CellResult, new: CellResult) -> Iterator[Change]:
     if old.status != new.status:
         outcome: Outcome = "worse" if new.status == "failed" else "better"
-        yield Change(new.name, "status", outcome, why=f"{old.status}, now {new.status}")
+        yield Change(
+            new.name, "status", outcome, why=f"status {old.status} before, {new.status} now"
+        )
 
 
 # --- speed ---------------------------------------------------------------------------------------
@@ -128,7 +132,7 @@ def _of_speeds(
     pairs: list[tuple[Change, Tested | None]] = []
     for old, new in both:
         if new.name == after.baseline and new.speed is not None:
-            why = "its speed holds the machine's drift: the others are compared through it"
+            why = "this is the baseline: the other speeds are divided by its speed against drift"
             pairs.append((Change(new.name, "decode", "not comparable", why=why), None))
             continue
         earlier = dict(_ratios(old))
@@ -158,16 +162,16 @@ def _ratios(cell: CellResult) -> Iterator[tuple[str, Estimate]]:
 def _other_conditions(before: Results, after: Results) -> str | None:
     """Why no speed of two runs is comparable, or None."""
     if before.baseline != after.baseline:
-        return f"another baseline: {before.baseline}, then {after.baseline}"
+        return f"the runs have different baselines: {before.baseline}, then {after.baseline}"
     for key in MACHINE:
         old, new = before.environment.get(key), after.environment.get(key)
         if old != new:
-            return f"another machine or setting: {key} {old}, then {new}"
+            return f"the runs differ in machine or settings: {key} {old}, then {new}"
     speeds = [(run.benchmark or {}).get("speed") or {} for run in (before, after)]
     for key in SETTINGS:
         old, new = (speed.get(key) for speed in speeds)
         if old != new:
-            return f"another workload: {key} {old}, then {new}"
+            return f"the runs timed different workloads: {key} {old}, then {new}"
     return None
 
 
@@ -203,12 +207,12 @@ def _accuracy(
 ) -> tuple[Change, Tested | None]:
     change = Change(cell, "accuracy", "not comparable", _mean_score(old), _mean_score(new))
     if set(old) != set(new):
-        return replace(change, why="other tasks were asked"), None
+        return replace(change, why="the runs asked different tasks"), None
     if any(not score.outcomes for score in (*old.values(), *new.values())):
-        return replace(change, why="no outcomes of single questions"), None
+        return replace(change, why="a run has no outcomes of single questions"), None
     count = min(sum(score.n or 0 for score in tasks.values()) for tasks in (old, new))
     if count < MIN_QUESTIONS:
-        why = f"{count} questions are too few: {MIN_QUESTIONS} are needed"
+        why = f"{count} questions are too few to judge quality: at least {MIN_QUESTIONS} are needed"
         return replace(change, why=why), None
     return change, accuracy_change([(old[name], new[name]) for name in old])
 
@@ -221,7 +225,11 @@ def _mean_score(tasks: Mapping[str, Any]) -> float | None:
 def _perplexity(cell: str, old: Perplexity, new: Perplexity) -> tuple[Change, Tested | None]:
     change = Change(cell, "perplexity", "not comparable", old.value, new.value)
     test = perplexity_change(old, new)
-    why = "other text, or no losses of its blocks" if test is None else None
+    why = (
+        "the runs scored different text, or have no losses of single blocks"
+        if test is None
+        else None
+    )
     return replace(change, why=why), test
 
 
@@ -238,7 +246,9 @@ def _of_numbers(old: CellResult, new: CellResult) -> Iterator[Change]:
         yield _plain(new.name, "saved", before, after, after - before, SAVED_POINTS, 1)
     was, now = (_field(cell.lossless_check, "lossless") for cell in (old, new))
     if was is not None and now is not None and was != now:
-        words = "not lossless any more" if was else "lossless now"
+        words = (
+            "its drafts change the output now" if was else "its drafts no longer change the output"
+        )
         yield Change(new.name, "lossless", "worse" if was else "better", why=words)
 
 

@@ -87,13 +87,13 @@ class Lossless:
 
     def required(self) -> str:
         """The bound in words."""
-        return "lossless speculation"
+        return "lossless drafts"
 
     def seen(self, cell: CellResult) -> str:
         """The cell's losslessness in words."""
         if not cell.speculates:
-            return "no speculation"
-        words = {True: "lossless", False: "not lossless", None: "losslessness not measured"}
+            return "no drafts"
+        words = {True: "lossless", False: "not lossless", None: "lossless check not made"}
         return words[None if cell.lossless_check is None else cell.lossless_check.lossless]
 
 
@@ -152,8 +152,8 @@ def pick(
     cells = [cell for cell in ours if metric_of(results, aim, cell) is not None]
     if not cells:
         raise UserError(
-            f"no cell of run {results.run!r} has {METRICS[aim].title} measured",
-            fix="aim for what the run measured, or measure it with the pipeline's `benchmark`",
+            f"no variant of run {results.run!r} has a measurement of {METRICS[aim].title}",
+            fix="choose a metric that the run measured, or measure this one (`benchmark`)",
         )
     of_quality = _quality_bounds(results, min_retained, max_perplexity_ratio, max_kl, by_estimate)
     for bound in of_quality:
@@ -219,9 +219,9 @@ def _why_unknown(results: Results, cell: CellResult) -> str:
     if quality is None:
         return "not measured"
     if _is_refuted(cell):
-        return "unknown: not the tokens of its plain cell"
+        return "unknown: drafts change its output"
     few = retained_basis(results) == "tasks" and question_count(quality) < MIN_QUESTIONS
-    return f"unknown: {too_few(quality)}" if few else "unknown: without an interval"
+    return f"unknown: {too_few(quality)}" if few else "unknown: no 95 % interval"
 
 
 def _quality_bounds(
@@ -305,10 +305,11 @@ def _nothing_left(
     unmet = [bound for bound, count in left if count == 0]
     if unmet:
         which = " and ".join(bound.required() for bound in unmet)
-        message = f"no cell meets {which} ({len(cells)} were measured)"
+        message = f"no variant meets {which} ({len(cells)} were measured)"
     else:
-        alone = ", ".join(f"{bound.required()} by {count}" for bound, count in left)
-        message = f"no cell meets every constraint; alone, of {len(cells)} cells: {alone}"
+        many = len(cells)
+        alone = ", ".join(f"{count} of {many} meet {bound.required()}" for bound, count in left)
+        message = f"no variant meets all bounds together: {alone}"
     nearest = min(
         cells,
         key=lambda cell: (

@@ -27,6 +27,7 @@ from compose.analysis.metrics import gain, interval_of, metric_of
 from compose.analysis.verdicts import (
     KEEP,
     LEAST_BYTES,
+    as_sentence,
     gives_baselines_predictions,
     question_count,
     too_few,
@@ -56,34 +57,37 @@ def recommendations(results: Results) -> tuple[Recommendation, ...]:
 
 
 def sentence(results: Results, cell: CellResult) -> str:
-    """A variant's gains and its price in one plain sentence, without its name.
+    """A variant's gains and its price in plain sentences, without its name.
 
     What was not measured is not mentioned, except that nothing is known of the quality:
 
-        4.4x as fast, 36 % of the size; on 200 questions no loss was found, a loss of up to 6 % of
-        the score cannot be excluded; perplexity 1 % higher.
+        It decodes 4.4x as fast as the original model. It takes 36 % of the original model's disk
+        space. On 200 questions no loss was found, and a loss of up to 6 % of the score cannot be
+        excluded. Its perplexity is 1 % higher than the original model's.
     """
     if cell.name == results.baseline:
-        return "The original model, with which the variants are compared."
+        return "This is the original model, with which the variants are compared."
     if cell.status != "ok":
-        return f"It was not measured: {(cell.reason or 'no reason was recorded').rstrip('.')}."
-    gains = ", ".join([*_speed(results, cell), *_size(results, cell)])
-    return "; ".join(filter(None, (gains, *quality_words(results, cell)))) + "."
+        reason = (cell.reason or "no reason was recorded").rstrip(".")
+        return f"This variant was not measured: {reason}."
+    gains = [*_speed(results, cell), *_size(results, cell)]
+    return " ".join(map(as_sentence, [*gains, *quality_words(results, cell)]))
 
 
 def quality_words(results: Results, cell: CellResult) -> list[str]:
     """What is known of the quality, as clauses."""
     check, quality = cell.lossless_check, results.quality(cell)
     if check is not None and check.lossless is False:
-        return [f"its tokens differ: not lossless to {lossless_to(results, cell)}"]
+        return [f"its drafts change the output of {lossless_to(results, cell)}"]
     if quality is not None and gives_baselines_predictions(results, quality):
-        return ["identical predictions"]
+        return ["its predictions are identical to those of the original model"]
     lossless = check is not None and bool(check.lossless)
-    words = [f"lossless to {lossless_to(results, cell)}"] if lossless else []
+    exact = f"its drafts do not change the output of {lossless_to(results, cell)} (lossless)"
+    words = [exact] if lossless else []
     measured = [] if quality is None else [*_tasks(quality), *_perplexity(results, cell)]
     kl = metric_of(results, "kl", cell)
     if not measured and kl is not None:
-        measured = [f"its KL to the original is {PLAIN.number(kl)} nats a token"]
+        measured = [f"its KL from the original model is {PLAIN.number(kl)} nats per token"]
     return [*words, *(measured or ["its quality was not measured"])]
 
 
@@ -96,7 +100,7 @@ def _recommended(results: Results, aim: Aim) -> Recommendation:
         return _nothing(aim, "no variant was measured beside the original model")
     gaining = [cell for cell in others if GAINS[aim](results, cell)]
     if not gaining:
-        return _nothing(aim, f"no variant is shown to be {WORDS[aim]} than the original")
+        return _nothing(aim, f"no variant is shown to be {WORDS[aim]} than the original model")
     known = [cell for cell in gaining if _unknown(results, cell) is None]
     if not known:
         reasons = dict.fromkeys(str(_unknown(results, cell)) for cell in gaining)
@@ -106,7 +110,7 @@ def _recommended(results: Results, aim: Aim) -> Recommendation:
         return _nothing(aim, f"every {WORDS[aim]} variant is shown to lose quality")
     fit = [cell for cell in fit if _shown_to_keep(results, cell)]
     if not fit:
-        why = f"no {WORDS[aim]} variant is shown to keep the quality to within {LOSS}"
+        why = f"no {WORDS[aim]} variant is shown to keep {KEPT} of the original model's quality"
         return _nothing(aim, why)
     best = max(fit, key=lambda cell: _rank(results, cell, aim))
     return Recommendation(aim, best, sentence(results, best))
@@ -142,7 +146,9 @@ GAINS: dict[Aim, Callable[[Results, CellResult], bool]] = {
 }
 """Aim -> what a variant has to gain before it is recommended."""
 
-LOSS = f"{round(100 * (1 - KEEP))} %"
+ORIGINAL = "the original model"
+NO_QUALITY = "the quality of the variants was not measured"
+KEPT = f"{round(100 * KEEP)} %"
 
 WORDS: dict[Aim, str] = {
     "speed": "faster",
@@ -157,11 +163,13 @@ def _unknown(results: Results, cell: CellResult) -> str | None:
     if cell.speculates and (check is None or not check.lossless):
         refuted = check is not None and check.lossless is False
         return (
-            "drafts change tokens" if refuted else "drafts were not checked against plain decoding"
+            "drafts change the output"
+            if refuted
+            else "it was not checked whether drafts change the output"
         )
     quality = results.quality(cell)
     if quality is None:
-        return "quality was not measured"
+        return NO_QUALITY
     asked = quality.retained is not None and question_count(quality) >= MIN_QUESTIONS
     bounded = any(interval_of(results, name, cell) for name in ("perplexity-ratio", "kl"))
     if asked or bounded or gives_baselines_predictions(results, quality):
@@ -169,7 +177,7 @@ def _unknown(results: Results, cell: CellResult) -> str | None:
     if quality.tasks:
         return too_few(quality)
     measured = quality.perplexity is not None or quality.kl_to_baseline is not None
-    return "quality has no interval" if measured else "quality was not measured"
+    return "the quality of the variants has no interval" if measured else NO_QUALITY
 
 
 def _shown_to_lose(results: Results, cell: CellResult) -> bool:
@@ -231,11 +239,12 @@ def _speed(results: Results, cell: CellResult) -> list[str]:
     words = []
     if ratio is not None:
         same = ends is not None and ends[0] <= 1 <= ends[1]
-        words.append("no difference in speed" if same else f"{_times(ratio)} as fast")
+        faster = f"it decodes {_times(ratio)} as fast as {ORIGINAL}"
+        words.append("no difference in decode speed is shown" if same else faster)
     slower = interval_of(results, "prefill-ratio", cell)
     prompts = metric_of(results, "prefill-ratio", cell)
     if prompts is not None and slower is not None and slower[1] < 1:
-        words.append(f"{_times(prompts)} as fast with prompts")
+        words.append(f"it processes prompts {_times(prompts)} as fast as {ORIGINAL}")
     return words
 
 
@@ -246,9 +255,10 @@ def _size(results: Results, cell: CellResult) -> list[str]:
     words = []
     if share is not None:
         same = abs(share - 1) < LEAST_BYTES
-        words.append("the same size" if same else f"{PLAIN.whole(100 * share)} % of the size")
+        smaller = f"it takes {PLAIN.whole(100 * share)} % of the original model's disk space"
+        words.append(f"it takes as much disk space as {ORIGINAL}" if same else smaller)
     if memory is not None and memory >= 1 + LEAST_BYTES and cell.peer is None:
-        words.append(f"{_times(memory)} the memory")
+        words.append(f"it takes {_times(memory)} the memory of {ORIGINAL}")
     return words
 
 
@@ -257,14 +267,15 @@ def _tasks(quality: Quality) -> list[str]:
     if not count:
         return []
     if count < MIN_QUESTIONS:
-        return [f"{count} questions were asked, too few to judge by"]
+        return [f"only {count} questions were asked, which are too few to judge quality"]
     if kept is None:
         return []
     chosen = all(score.kind == "likelihood" for score in (quality.tasks or {}).values())
     asked = f"on {count} {'multiple-choice ' if chosen else ''}questions"
     words = [f"{asked} {_loss(kept.value, kept.low, kept.high)}"]
     if len(quality.tasks or {}) > 1:
-        words += [f"on {name} it lost {_percents(ends)}" for name, ends in _lost_tasks(quality)]
+        lost = _lost_tasks(quality)
+        words += [f"on {name} it lost {_percents(ends)} of the score" for name, ends in lost]
     return words
 
 
@@ -278,16 +289,18 @@ def _lost_tasks(quality: Quality) -> Sequence[tuple[str, tuple[float, float]]]:
 def _loss(kept: float, low: float, high: float) -> str:
     """What was lost of the score, and what cannot be excluded."""
     if low > 1:
-        return f"it scored {_percent(kept - 1)} higher"
+        return f"it scored {_percent(kept - 1)} higher than {ORIGINAL}"
     if high < 1:
-        return f"it lost {_percent(1 - kept)} of the score ({_percents((low, high))})"
+        return (
+            f"it lost {_percent(1 - kept)} of the score (95 % interval: {_percents((low, high))})"
+        )
     excluded = f"a loss of up to {_percent(1 - low)} of the score cannot be excluded"
     if 1 - low < 0.0005:
         return "no loss was found"
     if 1 - kept < 0.005:
-        return f"no loss was found, {excluded}"
+        return f"no loss was found, and {excluded}"
     chance = f"a loss of up to {_percent(1 - low)} cannot be excluded"
-    return f"it lost {_percent(1 - kept)} of the score, which can be chance ({chance})"
+    return f"it lost {_percent(1 - kept)} of the score, which can be chance; {chance}"
 
 
 def _perplexity(results: Results, cell: CellResult) -> list[str]:
@@ -296,10 +309,11 @@ def _perplexity(results: Results, cell: CellResult) -> list[str]:
     if ratio is None:
         return []
     if ends is not None and ends[0] <= 1 <= ends[1]:
-        return ["no difference in perplexity"]
+        return ["no difference in perplexity is shown"]
     if ratio >= 2:
-        return [f"{_times(ratio)} the perplexity"]
-    return [f"perplexity {_percent(abs(ratio - 1))} {'higher' if ratio > 1 else 'lower'}"]
+        return [f"its perplexity is {_times(ratio)} the original model's"]
+    side = "higher" if ratio > 1 else "lower"
+    return [f"its perplexity is {_percent(abs(ratio - 1))} {side} than the original model's"]
 
 
 def _times(ratio: float) -> str:

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 from compose.analysis.families import lossless_to
@@ -56,7 +55,8 @@ KEEP = 0.95
 LEAST_BYTES = 0.01
 """Share of bytes below which sizes count as equal: gates alone add some kilobytes."""
 
-WITHOUT_DRAFTS = "the same weights without drafts"
+BASELINE, WITHOUT_DRAFTS = "the baseline", "the same weights without drafts"
+"""What a cell is compared with, in words."""
 
 SAME_KL = 1e-6
 """Nats a token: below, predictions are the same but for the order of float32 sums."""
@@ -76,10 +76,11 @@ def verdict_of(results: Results, cell: CellResult, keep: float = KEEP) -> Verdic
         return None
     check = cell.lossless_check
     if cell.speculates and (check is None or check.lossless is None):
-        why = "Whether its drafts change tokens was not measured."
+        why = "It was not checked whether its drafts change the output."
         return Verdict(verdict="NO EVIDENCE", why=why)
     if check is not None and check.lossless is False:
-        why = f"Not lossless to {lossless_to(results, cell)}: its drafts change tokens."
+        weights = lossless_to(results, cell)
+        why = f"Its drafts change the output: its tokens are not those of {weights} without drafts."
         return Verdict(verdict="REGRESSION", why=why)
     quality = judge_quality(results, cell, keep)
     faster, slower = _speeds(results, cell)
@@ -92,11 +93,14 @@ def verdict_of(results: Results, cell: CellResult, keep: float = KEEP) -> Verdic
         quality_kept = [quality.why] if quality.state == "kept" else []
         return _verdict("TRADE-OFF", [*quality_kept, *gains], [*worse, *slower, *larger])
     if not gains and (worse or slower or larger):
-        return _verdict("REGRESSION", [*worse, *slower, *larger, "it gains nothing"])
+        nothing_gained = "it is neither faster nor smaller"
+        return _verdict("REGRESSION", [*worse, *slower, *larger, nothing_gained])
     if quality.state == "unknown":
         return _verdict("NO EVIDENCE", [quality.why, *gains], larger)
-    other = WITHOUT_DRAFTS if _is_compared_with_plain(results, cell) else "the baseline"
-    return _verdict("NO EVIDENCE", [quality.why], [f"no gain over {other} is shown"])
+    other = WITHOUT_DRAFTS if _is_compared_with_plain(results, cell) else BASELINE
+    return _verdict(
+        "NO EVIDENCE", [quality.why], [f"it is not shown to be faster or smaller than {other}"]
+    )
 
 
 def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> QualityVerdict:
@@ -111,7 +115,7 @@ def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> Qua
         return QualityVerdict("kept", "its predictions are identical to the baseline's")
     tasks, perplexity = _on_tasks(results, quality, keep), _on_perplexity(results, quality, keep)
     if tasks.state == "kept" and perplexity.state == "lost":
-        return QualityVerdict("kept", f"{tasks.why}, {perplexity.why}")
+        return QualityVerdict("kept", f"{tasks.why}, and {perplexity.why}")
     return next((judged for judged in (tasks, perplexity) if judged.state != "unknown"), tasks)
 
 
@@ -123,7 +127,7 @@ def question_count(quality: Quality) -> int:
 def too_few(quality: Quality) -> str:
     """The reason given where its questions are too few for a verdict."""
     count = question_count(quality)
-    return f"{count} questions are too few: {MIN_QUESTIONS} are needed"
+    return f"{count} questions are too few to judge quality: at least {MIN_QUESTIONS} are needed"
 
 
 def gives_baselines_predictions(results: Results, quality: Quality) -> bool:
@@ -137,15 +141,16 @@ def gives_baselines_predictions(results: Results, quality: Quality) -> bool:
 def _on_tasks(results: Results, quality: Quality, keep: float) -> QualityVerdict:
     tasks = quality.tasks or {}
     if not tasks:
-        return QualityVerdict("unknown", "no questions were asked")
+        return QualityVerdict("unknown", "its quality is unknown, because no questions were asked")
     if question_count(quality) < MIN_QUESTIONS:
         return QualityVerdict("unknown", too_few(quality))
     retained = quality.retained
     if retained is None:
-        return QualityVerdict("unknown", "its outcomes do not pair with the baseline's")
-    seen = f"{_percents(*retained.ci95)} of the task scores ({retained.n} questions)"
+        why = "its answers cannot be paired with the baseline's answers to the same questions"
+        return QualityVerdict("unknown", why)
+    seen = f"{_percents(*retained.ci95)} of the baseline's task scores ({retained.n} questions)"
     poor = [
-        f"it keeps {_percents(*score.retained_ci95)} of {name}"
+        f"it keeps {_percents(*score.retained_ci95)} of the baseline's score on {name}"
         for name, score in tasks.items()
         if score.retained_ci95 is not None and score.retained_ci95[1] < keep
     ]
@@ -160,7 +165,7 @@ def _on_tasks(results: Results, quality: Quality, keep: float) -> QualityVerdict
         return QualityVerdict(
             "unknown", f"it keeps {seen}, but no question asked for a written answer"
         )
-    return QualityVerdict("unknown", f"it keeps {seen}, too wide an interval to tell")
+    return QualityVerdict("unknown", f"it keeps {seen}, which is too uncertain for a verdict")
 
 
 def _on_perplexity(results: Results, quality: Quality, keep: float) -> QualityVerdict:
@@ -203,9 +208,9 @@ def _speed_intervals(
     numbers: SpeedNumbers | None = cell.speed
     if cell.speed is not None and cell.speed.decode_tokens_per_s is None and cell.speed.by_batch:
         numbers = cell.speed.by_batch[min(cell.speed.by_batch)]  # no batch of one was asked for
-    for verb, name in (("decodes", "decode_ratio"), ("reads prompts", "prefill_ratio")):
+    for verb, name in (("decodes", "decode_ratio"), ("processes prompts", "prefill_ratio")):
         estimate = None if numbers is None else getattr(numbers, name)
-        yield verb, None if estimate is None else estimate.ci95, "the baseline"
+        yield verb, None if estimate is None else estimate.ci95, BASELINE
 
 
 def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
@@ -213,9 +218,10 @@ def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
     their process, not of their tensors, so it is not compared with ours."""
     plain = _is_compared_with_plain(results, cell)
     other = results.find(cell.plain if plain else results.baseline)
+    named = WITHOUT_DRAFTS if plain else BASELINE
     smaller: list[str] = []
     larger: list[str] = []
-    for place, field in (("on disk", "disk_bytes"), ("in memory", "resident_bytes")):
+    for place, field in (("disk space", "disk_bytes"), ("memory", "resident_bytes")):
         ours = None if cell.size is None else getattr(cell.size, field)
         theirs = None if other is None or other.size is None else getattr(other.size, field)
         alike = other is not None and (cell.peer is None) == (other.peer is None)
@@ -223,25 +229,20 @@ def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
             continue
         if not ours or not theirs or abs(ours / theirs - 1) < LEAST_BYTES:
             continue
-        words = f"it takes {two_places(ours / theirs)} times the bytes {place}"
+        words = f"it takes {PLAIN.whole(100 * ours / theirs)} % of the {place} of {named}"
         (smaller if ours < theirs else larger).append(words)
     return smaller, larger
 
 
 def _verdict(verdict: Outcome, facts: list[str], but: list[str] | None = None) -> Verdict:
-    """A verdict with its facts as one sentence."""
-    sentence = _listed(facts) + (f", but {_listed(but)}" if but else "")
-    return Verdict(verdict=verdict, why=f"{sentence[:1].upper()}{sentence[1:]}.")
+    """A verdict with a sentence for each fact; those of `but` speak against the others."""
+    against = [f"but {fact}" if place == 0 else fact for place, fact in enumerate(but or ())]
+    return Verdict(verdict=verdict, why=" ".join(map(as_sentence, [*facts, *against])))
 
 
-def _listed(facts: list[str]) -> str:
-    """Facts joined into one sentence; of those that begin with `it`, only the first keeps it."""
-    clauses = facts[:1]
-    for before, fact in pairwise(facts):
-        clauses.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
-    *others, last = clauses
-    short = len(others) == 1 and "," not in others[0] and not last.startswith("it")
-    return f"{', '.join(others)}{' and ' if short else ', and '}{last}" if others else last
+def as_sentence(clause: str) -> str:
+    """A clause with a capital letter and a full stop."""
+    return f"{clause[:1].upper()}{clause[1:]}."
 
 
 def _percents(low: float, high: float) -> str:

@@ -27,24 +27,24 @@ class _Section(BaseModel):
 
 
 class Limit(_Section):
-    """Limits for making one model folder (a step), or for measuring one variant (a cell). Without a
-    value, there is no limit."""
+    """Limits on the process that makes one model folder (a step) or measures one variant (a
+    cell)."""
 
     seconds: Amount | None = None
-    """Maximum working time of one process, in seconds. The time in which the process waits for its
-    turn does not count."""
+    """Maximum working time of one process, in seconds. The time that a process waits for its turn
+    does not count as working time."""
 
     memory_mb: Amount | None = None
-    """Maximum memory of one process, in megabytes, checked once a second."""
+    """Maximum memory of one process, in megabytes; the memory is checked once a second."""
 
 
 class Limits(_Section):
-    """Limits that stop a step (making a model folder) or a cell (measuring a variant). The result
-    names the exceeded limit, and the other steps and cells continue. `gateskip run --retry-failed`
-    tries again."""
+    """Limits that stop the making of a model folder (a step) or the measurement of a variant (a
+    cell). If a limit stops a step or a cell, the results name the limit, and the run continues with
+    the others. `gateskip run --retry-failed` repeats the steps and cells that a limit stopped."""
 
     step: Limit = Limit()
-    """Limits for making one model folder, and for loading it again as a check."""
+    """Limits for making one model folder, and for loading the folder again as a check."""
 
     cell: Limit = Limit()
-    """Limits for loading, scoring and timing one variant."""
+    """Limits for loading one variant and measuring its quality and speed."""

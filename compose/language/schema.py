@@ -121,19 +121,21 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """The model that is compressed."""
+    """The model that the pipeline compresses."""
 
     source: Text
-    """An alias, a hub id, a local folder or a GGUF file (relative to this file)."""
+    """The model to compress: an alias, a hub id, a local folder or a GGUF file (path relative to
+    the pipeline file)."""
 
     keep_blocks: bool = False
-    """For a GGUF file: keep its quantized weights as integers. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 stay
-    as they are. Q4_K and Q5_K keep their codes and get scales in bfloat16. All other types get 8
-    bits. By default, all weights are dequantized."""
+    """Whether the quantized weights of a GGUF file are kept as integers; by default, they are
+    dequantized. With `keep_blocks: true`, weights in Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 stay
+    unchanged, and weights in Q4_K and Q5_K get scales in bfloat16. With `keep_blocks: true`,
+    weights in other quantized GGUF types are rounded to 8 bits."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The data type of unquantized weights, in files and in computations. The default for a GGUF
-    file is bfloat16."""
+    """The data type of unquantized weights, in files and in computations. For a GGUF file, the
+    default data type is bfloat16."""
 
     @model_validator(mode="before")
     @classmethod
@@ -146,23 +148,24 @@ class TrainSpec(DataSpec):
     """Texts on which the stages `gate`, `heal` and `draft-network` train."""
 
     limit: Count = 2000
-    """Number of texts that are taken from each source. The choice is always the same."""
+    """Number of texts that are taken from each source; every run takes the same texts."""
 
 
 class Data(_Section):
-    """The texts that stages read. The benchmark uses other texts."""
+    """The texts that stages train or calibrate on. The benchmark measures on other texts."""
 
     train: TrainSpec = TrainSpec()
-    """Text for stages that train: `gate`, `heal`, `draft-network`."""
+    """Text for the stages that train: `gate`, `heal` and `draft-network`."""
 
     calibration: DataSpec = DataSpec()
-    """Text for stages that measure without training: calibration of thresholds, importance of
-    layers, pruning, rounding."""
+    """Text for measurements inside stages, without training: to calibrate thresholds, to rank
+    layers and weights for pruning, and to round weights."""
 
 
 class Matrix(BaseModel):
-    """All combinations of one choice for each axis. Every key except `exclude` is an axis. The
-    order of the axes is the order of the stages in a chain."""
+    """All combinations of one choice for each axis; each combination is one variant. Every key of
+    `matrix` except `exclude` is an axis: a list of choices, such as `quantize: [none, int4]`. The
+    order of the axes in the file is the order of the stages in a variant."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
     __pydantic_extra__: dict[str, Annotated[tuple[Choice, ...], Field(min_length=1)]] = Field(
@@ -170,7 +173,8 @@ class Matrix(BaseModel):
     )
 
     exclude: tuple[dict[str, Choice], ...] = ()
-    """Combinations to leave out. Each entry names a choice for one or several axes."""
+    """Combinations that are left out of the matrix. Each entry of `exclude` names a choice for one
+    or several axes."""
 
     @property
     def axes(self) -> dict[str, tuple[Chain, ...]]:
@@ -180,52 +184,56 @@ class Matrix(BaseModel):
 
 
 class Search(_Section):
-    """The chains that `gateskip search` may build, and how many of them it measures."""
+    """The chains of stages that `gateskip search` may build, and how many of them it measures."""
 
     axes: dict[Text, Annotated[tuple[Choice, ...], Field(min_length=1)]] = {}
-    """Choices for each axis, as in `matrix`. By default, the axes of `matrix`. Without a matrix,
-    there is one axis for each kind of stage, with `none` as one choice."""
+    """Choices for each axis of the search, written as in `matrix`. Without `axes`, the search uses
+    the axes of `matrix`. If the file has neither `axes` nor `matrix`, each kind of stage is one
+    axis, and each axis has the choice `none`."""
 
     vary: dict[Text, dict[Text, tuple[Any, ...]]] = {}
-    """Values to try for parameters of stages: `{narrow: {ratio: [0.05, 0.1]}}`. If a file has
-    neither `vary` nor `axes`, the search varies widths and numbers of layers around the values in
-    `stages`."""
+    """Values that the search tries for settings of stages, such as `{narrow: {ratio: [0.05, 0.1]}}`
+    for the stage named `narrow`. If a file has neither `vary` nor `axes`, the search tries widths
+    and numbers of layers around the values in `stages`."""
 
     probes: Count = 48
-    """Maximum number of chains that are measured in the first round."""
+    """Maximum number of chains of stages that are measured in the first round of a search."""
 
     batch: Count = 8
-    """Number of chains that are proposed at a time. Their results decide which chains are proposed
-    next."""
+    """Number of chains of stages that the search proposes at a time. After each batch, the results
+    decide which chains the search proposes next."""
 
     tokens: Annotated[int, Field(ge=2)] = 2048
-    """Number of tokens that are scored in the first round. Each further round scores four times as
-    many tokens. The last round runs the whole benchmark of the file."""
+    """Number of tokens on which each chain is scored in the first round of a search. Each further
+    round of a search scores four times as many tokens. The last round of a search runs the whole
+    benchmark of the pipeline file."""
 
     finalists: Count = 6
-    """Number of chains in the last round. Further chains take part if their intervals still include
-    the bound."""
+    """Number of chains of stages in the last round of a search. More chains enter the last round if
+    it is still uncertain whether they meet the bound, because their 95 % intervals include the
+    bound."""
 
 
 class Sampling(_Section):
-    """How tokens are sampled. The fields have the same meaning as in transformers."""
+    """How tokens are sampled. The sampling settings have the same meaning as in transformers."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.7
-    """Sampling temperature: the logits are divided by it."""
+    """Sampling temperature, by which the logits are divided."""
 
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample only from this number of most likely tokens; 0 means all tokens."""
+    """Number of most likely tokens from which the next token is sampled; 0 means all tokens."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample only from the most likely tokens that together have this probability."""
+    """Total probability of the most likely tokens from which the next token is sampled (nucleus
+    sampling)."""
 
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Sample only from tokens whose probability is at least this share of the highest probability.
-    """
+    """Minimum probability of a token that can be sampled, as a share of the highest token
+    probability."""
 
 
 class Speed(_Section):
-    """How speed is measured."""
+    """Settings for measuring speed."""
 
     prompt_tokens: Count = 128
     """Length of the prompt, in tokens."""
@@ -234,88 +242,95 @@ class Speed(_Section):
     """Number of tokens that are decoded after each prompt."""
 
     min_seconds: Annotated[float, Field(ge=0)] = 2.0
-    """Minimum decoding time of each variant in one round, in seconds. The variants take short
-    turns."""
+    """Minimum decoding time of each variant in one round, in seconds."""
 
     repeats: Count = 5
-    """Number of rounds. In each round all variants take turns. The median over the rounds is
-    reported."""
+    """Number of rounds; in each round, all variants are timed one after another. The reported speed
+    is the median over the rounds."""
 
     one_process: bool = False
-    """Whether all variants are timed in one process. By default, each variant has its own process.
-    Two processes that run the same code can differ in speed by a few percent; in one process, this
-    difference does not exist. Each round loads all variants again, in another order. Other engines
-    still run in their own processes. The peak memory of each variant is not measured."""
+    """Whether all variants are timed in one process; by default, each variant has its own process.
+    Two processes that run the same code can differ in speed by a few percent; timing all variants
+    in one process avoids this difference. With `one_process: true`, each round loads all variants
+    again, in another order. Other engines, such as llama.cpp, run in their own processes even with
+    `one_process: true`. With `one_process: true`, the peak memory of each variant is not measured.
+    """
 
     batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
         1,
     )
-    """Batch sizes to measure: the number of prompts that are decoded together."""
+    """Batch sizes for which speed is measured; a batch size is the number of prompts that are
+    decoded together."""
 
     contexts: Annotated[tuple[Count, ...], AfterValidator(_no_repeats)] = ()
-    """Further prompt lengths in tokens, measured with a batch size of 1."""
+    """Further prompt lengths for which speed is measured, in tokens, with a batch size of 1."""
 
     prompts: Text | None = None
-    """Prompts with categories (an alias or a file) that the model answers while it is timed. By
-    default, the model continues ordinary text."""
+    """Prompts that the model answers while its speed is measured: an alias or a JSON Lines file
+    that gives each prompt a category. Without `prompts`, the model continues ordinary text while
+    its speed is measured."""
 
     prompts_per_category: Count | None = None
-    """Number of prompts of each category in one round. Each round uses other prompts. By default,
-    each round uses all prompts."""
+    """Number of prompts of each category that are used in one round; each round uses other prompts.
+    Without `prompts_per_category`, each round uses all prompts."""
 
     sampling: Sampling | None = None
-    """How tokens are sampled while speed is measured. By default, decoding is greedy. With
-    sampling, variants write different texts, and other engines cannot be compared, because they are
-    timed with greedy decoding."""
+    """How tokens are sampled while speed is measured; by default, decoding is greedy. With
+    `sampling`, the measured variants write different texts. `sampling` and `against` exclude each
+    other, because other engines are timed with greedy decoding."""
 
 
 class OwnAnswers(_Section):
-    """Prompts that the dense model answers. On these answers, the predictions of the other variants
-    are compared with those of the dense model."""
+    """Settings for comparing variants on answers that the dense model writes. On the dense model's
+    answers, the predictions of each variant are compared with the predictions of the dense model.
+    """
 
     source: Text = "prompts"
-    """Where the prompts come from: an alias, a hub data set id, or a path."""
+    """Source of the prompts that the dense model answers: an alias, a hub data set id, or a path.
+    """
 
     prompts: Count = 16
-    """Number of prompts."""
+    """Number of prompts that the dense model answers."""
 
     new_tokens: Count = 64
-    """Maximum number of tokens in an answer."""
+    """Maximum number of tokens in each answer of the dense model."""
 
 
 class Quality(_Section):
-    """How quality is measured."""
+    """Settings for measuring quality."""
 
     perplexity: Annotated[
         tuple[Text, ...],
         BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
     ] = ("wikitext2", "heldout-text")
-    """Data set for perplexity. In a list, the first available data set is used. With null,
-    perplexity is not measured."""
+    """Text on which perplexity is measured: the name of a data set, or a list of names. Of a list
+    of data sets, the first one that is available is used. With `perplexity: null`, perplexity is
+    not measured."""
 
     perplexity_tokens: Annotated[int, Field(ge=2)] = 8192
-    """Number of tokens on which perplexity, KL and agreement are measured."""
+    """Number of tokens on which perplexity, KL and agreement with the dense model are measured."""
 
     tasks: Annotated[
         tuple[Text, ...], AfterValidator(_no_repeats), AfterValidator(_with_a_written_task)
     ] = ()
-    """Tasks of lm-eval. If the model writes the answers in none of them, the task `arithmetic` is
-    added, because multiple-choice tasks hardly show the loss that skipping causes in written
-    answers."""
+    """Names of lm-eval tasks to score. If none of the tasks asks for written answers, the task
+    `arithmetic` is added, because multiple-choice tasks hardly show the loss that skipping causes
+    in written answers."""
 
     allow_code: bool = False
-    """Whether `humaneval` may run the code that a model writes: in a child process with limits of
-    time, memory and files, without network."""
+    """Whether the task `humaneval` may run the code that a model writes. The code that a model
+    writes runs in a child process without network, with limits on time, memory and files."""
 
     limit: Count = 500
-    """Maximum number of questions of each task."""
+    """Maximum number of questions that are asked in each task."""
 
     batch_size: Count = 8
     """Number of sequences that are scored together."""
 
     own_answers: OwnAnswers | None = OwnAnswers()
-    """Compare each variant with the dense model on answers that the dense model wrote: the KL, and
-    the number of equal tokens in greedy answers. With null, this is not measured."""
+    """Whether and how variants are compared with the dense model on answers that the dense model
+    writes: by KL, and by the number of equal tokens in greedy answers. With `own_answers: null`,
+    variants are not compared on the dense model's answers."""
 
     @model_validator(mode="after")
     def _code_is_allowed(self) -> Self:
@@ -329,24 +344,26 @@ class Quality(_Section):
 
 
 class Lossless(_Section):
-    """How text that is decoded with drafts is compared, token by token, with text that is decoded
-    without drafts."""
+    """Settings for the lossless check, which compares text decoded with drafts, token by token,
+    with text decoded without drafts."""
 
     prompts: Count = 16
-    """Number of prompts."""
+    """Number of prompts on which text decoded with drafts and without drafts is compared."""
 
     new_tokens: Count = 64
-    """Number of tokens that are compared after each prompt."""
+    """Number of tokens after each prompt that are compared between decoding with and without
+    drafts."""
 
     source: Text = "prompts"
-    """Where the prompts come from: an alias, a hub data set id, or a path."""
+    """Source of the prompts for the lossless check: an alias, a hub data set id, or a path."""
 
 
 class Benchmark(_Section):
-    """How variants are measured. A variant (cell) is one chain of stages."""
+    """How variants are measured. A variant (also called a cell) is the model after one chain of
+    stages."""
 
     baseline: Text = DENSE
-    """The variant that all other variants are compared with, in speed and in quality. By default,
+    """The variant with which the speed and quality of all other variants are compared; by default,
     the original model (`dense`)."""
 
     against: Annotated[
@@ -354,27 +371,29 @@ class Benchmark(_Section):
         BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
         AfterValidator(_no_repeats),
     ] = ()
-    """Other engines that are measured with the original model, such as `llama.cpp:q4_k_m`."""
+    """Other engines in which the original model is measured, too, such as `llama.cpp:q4_k_m`."""
 
     threads: Count | None = None
-    """Number of threads for each variant. By default, one thread for each core of the machine."""
+    """Number of threads with which each variant runs; by default, one thread for each core of the
+    machine."""
 
     speed: Speed = Speed()
-    """Settings for tokens per second and time to first token."""
+    """Settings for measuring tokens per second and the time to the first token."""
 
     quality: Quality = Quality()
-    """Settings for perplexity, agreement with the dense model, and tasks."""
+    """Settings for measuring perplexity, agreement with the dense model, and task scores."""
 
     lossless: Lossless = Lossless()
-    """Settings for the check that decoding with drafts writes the same text as decoding without
-    drafts."""
+    """Settings for the lossless check, which compares text decoded with drafts with text decoded
+    without drafts."""
 
 
 class Export(_Section):
-    """The folder of one exported variant."""
+    """The folder into which one variant is exported."""
 
     to: Text
-    """The folder of the export, relative to the working directory of the command."""
+    """The folder into which the variant is exported, relative to the working directory of the
+    command."""
 
 
 DEFAULT_STAGES: dict[str, Stage] = {
@@ -396,8 +415,8 @@ DEFAULT_MATRIX = Matrix.model_validate(
 
 
 class Pipeline(_Section):
-    """A whole pipeline file. A `Pipeline` that a program builds may name no variant: its plan then
-    has the dense model and the other engines alone."""
+    """A whole pipeline file. A `Pipeline` object that a program builds may contain no variants:
+    then only the original model and the other engines are measured."""
 
     schema_version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
         default=1, alias="schema"
@@ -405,48 +424,51 @@ class Pipeline(_Section):
     """Version of the pipeline language."""
 
     name: Name
-    """Name of the run, and of its folder."""
+    """Name of the run; the folder of the run has the same name."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed for all random numbers."""
+    """Seed for all random numbers of the run."""
 
     more_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
-    """Further seeds. For each seed, the weights are made and scored again.
-
-    The report shows means over all seeds, with intervals.
-    """
+    """Further seeds; for each seed, the weights are made and scored again. With `more_seeds`, the
+    report shows means over all seeds, with intervals."""
 
     model: Model
-    """The model that is compressed."""
+    """The model that the pipeline compresses."""
 
     data: Data = Data()
-    """The texts that stages read."""
+    """The texts that stages train or calibrate on."""
 
     stages: dict[FreeName, AnyStage] = {}
-    """The stages that chains use: a name for each stage, with the stage and its settings."""
+    """The stages of the pipeline: a name of your choice for each stage, followed by its settings.
+    """
 
     pipelines: dict[VariantName, tuple[Text, ...]] = {}
-    """Named chains of stages. A chain that breaks an order rule is an error."""
+    """Variants to make: a name for each variant, followed by its stages in order. If the order of
+    the stages breaks a rule, the pipeline file is refused."""
 
     matrix: Annotated[
         Matrix | None,
         BeforeValidator(_matrix, json_schema_input_type=Literal["default"] | Matrix | None),
     ] = None
-    """All combinations of one choice for each axis. Combinations that break an order rule are left
-    out. `default` combines gates, 8 and 4 bits, and ways of decoding; `gateskip validate` lists the
-    combinations."""
+    """All combinations of one choice for each axis, as variants to make. Combinations whose order
+    of stages breaks a rule are left out of the matrix. `matrix: default` combines gates,
+    quantization to 8 and 4 bits, and ways of decoding; `gateskip validate` lists the combinations
+    of a file."""
 
     search: Search | None = None
-    """The chains that `gateskip search` may build; `gateskip run` ignores it."""
+    """The chains of stages that `gateskip search` may build; `gateskip run` ignores this section.
+    """
 
     benchmark: Benchmark = Benchmark()
     """How variants are measured."""
 
     limits: Limits = Limits()
-    """Limits on time and memory. By default, there are no limits."""
+    """Limits on the time and memory of processes. By default, time and memory are not limited."""
 
     export: dict[Text, Export] = {}
-    """Variants to export at the end of the run: the name of each variant and its folder."""
+    """Variants that are exported when the run ends: the name of each variant, followed by its
+    folder."""
 
     _source_map: SourceMap | None = PrivateAttr(default=None)
 

@@ -26,8 +26,9 @@ class DecodeStage(Stage):
     role: ClassVar[Role] = "decode"
 
     kv_cache: Literal["model", "int8"] = "model"
-    """Format of the KV cache: the model's float type, or `int8` with a scale for each token and
-    head, which is about half the size of bfloat16. Quality is scored with the same format."""
+    """Format of the KV cache: the float type of the model (`model`), or 8-bit integers with a scale
+    for each token and head (`int8`), about half the size of bfloat16. Quality is measured with the
+    same KV cache format as speed."""
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, and `decode-needs-gates`: a gate stage must come before."""
@@ -45,14 +46,16 @@ class DecodeStage(Stage):
 
 
 class Plain(DecodeStage):
-    """Decode without skipping and without drafts, and set the format of the KV cache."""
+    """Decode without skipping and without drafts (plain decoding), and set the format of the KV
+    cache."""
 
     use: Literal["plain"] = "plain"
     """The stage's name."""
 
     kv_cache: Literal["model", "int8"] = "int8"
-    """Format of the KV cache: `int8` with a scale for each token and head, or the model's data type
-    (`model`), which is also the default without this stage."""
+    """Format of the KV cache: 8-bit integers with a scale for each token and head (`int8`), or the
+    float type of the model (`model`). Without the stage `plain`, the KV cache has the float type of
+    the model."""
 
     def skips(self) -> bool:
         """Nothing is skipped."""
@@ -60,31 +63,32 @@ class Plain(DecodeStage):
 
 
 class Skip(DecodeStage):
-    """Decode with skipping: a token skips a branch if the gate's output is below the threshold of
-    the budget."""
+    """Decode with skipping: each token skips the attention and MLP branches whose gates give a
+    value below a calibrated threshold."""
 
     use: Literal["skip"] = "skip"
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, le=1)
-    """Share of the branches' multiply-adds that is computed. If only `prompt_budget` is given,
-    `budget` is 1."""
+    """Share of the attention and MLP multiply-adds that is computed; the rest is skipped. If
+    `prompt_budget` is given and `budget` is not, `budget` is 1."""
 
     prompt_budget: PromptBudget = None
-    """Share of the branches' multiply-adds that is computed for prompt tokens, except the last
-    token. It needs the thresholds of `prompt_budgets` of the gate stage. By default, `budget` also
-    applies to prompts."""
+    """Share of the attention and MLP multiply-adds that is computed for prompt tokens, except the
+    last prompt token. `prompt_budget` works only if the setting `prompt_budgets` of the gate stage
+    is set. Without `prompt_budget`, prompt tokens skip at `budget`."""
 
     prompt: Literal["budget", "full"] = "budget"
-    """Whether prompt tokens skip at the budget (`budget`) or skip nothing (`full`)."""
+    """Whether prompt tokens skip branches at `budget` (`budget`) or skip nothing (`full`)."""
 
     answer: Literal["budget", "full"] = "budget"
-    """Whether answer tokens skip at the budget (`budget`) or skip nothing (`full`)."""
+    """Whether answer tokens skip branches at `budget` (`budget`) or skip nothing (`full`)."""
 
     hold: bool = False
-    """Whether each text of a batch is kept at the budget. Its thresholds then change with the share
-    that its earlier tokens computed, first every 16 tokens and later every 64 tokens. The prompt is
-    prefilled in pieces of this size, which is slower."""
+    """Whether the decoder keeps each text of a batch at the budget, and not only the average of the
+    texts. With `hold: true`, the decoder adjusts the thresholds of each text to the share of
+    compute that its earlier tokens used, first every 16 tokens and later every 64 tokens. `hold:
+    true` makes prefill slower, because the prompt is processed in pieces of 16 to 64 tokens."""
 
     @model_validator(mode="before")
     @classmethod
@@ -109,8 +113,8 @@ class Skip(DecodeStage):
 
 
 class Speculate(DecodeStage):
-    """Decode with drafts (speculative decoding): propose tokens cheaply and verify them with the
-    whole model. The text stays the same."""
+    """Decode with drafts (speculative decoding): a cheap method proposes tokens, and the whole
+    model verifies them. Drafts do not change the decoded text."""
 
     example: ClassVar[Mapping[str, Any]] = {"target": "original"}
 
@@ -118,47 +122,53 @@ class Speculate(DecodeStage):
     """The stage's name."""
 
     draft_budget: float = Field(default=1.0, gt=0, le=1)
-    """Share of the branches' multiply-adds that drafting computes. With 1, drafting skips nothing.
-    """
+    """Share of the attention and MLP multiply-adds that is computed for drafted tokens. With
+    `draft_budget: 1`, drafted tokens skip no branch."""
 
     draft_weights: Literal[
         "own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "model", "auto"
     ] = "auto"
-    """The draft model: the model's own weights (`own`), the model's own weights with a 4-bit copy
-    of the LM head (`int4-head`), a quantized copy of all weights (bitsandbytes' `nf4`, or `int4`,
-    `int3`, `int2`), the small network of the stage `draft-network` (`learned`), the model of
-    `draft_model` (`model`), or the fastest of these (`auto`). Quantized copies are made while the
-    model is loaded. `auto` measures each draft once for each model and machine. If no draft is
-    faster than plain decoding, `auto` drafts nothing. The default is `model` if `draft_model` is
-    given."""
+    """The weights that draft tokens: the model's own weights (`own`), the model's own weights with
+    a 4-bit copy of the LM head (`int4-head`), a quantized copy of all weights (bitsandbytes' `nf4`,
+    or `int4`, `int3`, `int2`), the small network of the stage `draft-network` (`learned`), the
+    model that `draft_model` names (`model`), or the fastest of these (`auto`). Quantized copies for
+    drafts are made while the model is loaded. With `draft_weights: auto`, the speed of each kind of
+    draft is measured once for each model and machine. If no draft is faster than plain decoding,
+    `draft_weights: auto` decodes without drafts. If `draft_model` is given, the default of
+    `draft_weights` is `model`."""
 
     draft_model: str | None = Field(default=None, min_length=1)
-    """Another model that drafts: a folder or a GGUF file (relative to this YAML file), an alias or
-    a hub id. It needs the tokenizer of the pipeline's model, and as many embeddings and logits. It
-    may be compressed. Its own gates and drafts are not used."""
+    """Another model that drafts tokens: a folder or a GGUF file (path relative to the pipeline
+    file), an alias or a hub id. The draft model needs the same tokenizer as the pipeline's model,
+    and the same numbers of embeddings and logits. The draft model may be compressed. Gates and
+    drafts of the draft model itself are not used."""
 
     lookup: bool = True
-    """Whether to search the text for an earlier occurrence of the last tokens and to propose the
-    tokens that followed it (look-up). The draft model proposes tokens only if look-up finds
-    nothing."""
+    """Whether drafts are first looked up in the text: the decoder searches for an earlier
+    occurrence of the last tokens, and proposes the tokens that followed there. The draft model
+    proposes tokens only if look-up in the text finds nothing."""
 
     draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"
-    """Number of tokens in each draft. `auto` sets it from measured cost and acceptance."""
+    """Number of tokens in each draft. With `draft_length: auto`, the decoder chooses the number of
+    tokens from the measured cost and acceptance of drafts."""
 
     verify_budget: float = Field(default=1.0, gt=0, le=1)
-    """Share of the branches' multiply-adds that verification computes. Below 1, the text equals
-    that of a `skip` stage with this budget. The pipeline file must contain this `skip` stage,
-    because the variant is compared with it. Drafts use the same share unless `draft_budget` is
-    given."""
+    """Share of the attention and MLP multiply-adds that is computed while drafted tokens are
+    verified. With `verify_budget` below 1, the decoded text equals the text of a `skip` stage with
+    this budget. A pipeline file with `verify_budget` below 1 must also contain a `skip` stage with
+    this budget, because the two variants are compared. Unless `draft_budget` is given, drafting
+    uses the same budget as verification."""
 
     prompt_budget: PromptBudget = None
-    """Share of the branches' multiply-adds that is computed for prompt tokens, as in the stage
-    `skip`. The text then equals that of a `skip` stage with the same `prompt_budget`."""
+    """Share of the attention and MLP multiply-adds that is computed for prompt tokens, except the
+    last prompt token. The decoded text then equals the text of a `skip` stage with the same
+    `prompt_budget`."""
 
     target: Literal["gated", "original"] = "gated"
-    """The model that verifies drafts: the model with gates, skipping nothing (`gated`), or the
-    model before gates were added (`original`). They differ only if gates have `scales: true`.
-    `original` is refused if the weights were trained together with the gates."""
+    """The model that verifies drafted tokens: the model with gates, skipping nothing (`gated`), or
+    the model before gates were added (`original`). `gated` and `original` differ only if the gates
+    have `scales: true`. `target: original` is refused if the gate stage also trained the model's
+    weights."""
 
     @model_validator(mode="before")
     @classmethod

@@ -26,11 +26,11 @@ class DraftNetwork(Stage):
     """Train a small draft network on the model's predictions, and store the network in the model
     folder.
 
-    The network drafts from the model's last hidden state and the last token. A drafted token takes
-    a few percent of the model's compute for a token, and the network takes a few megabytes. The
-    model's weights do not change. The stage `speculate` uses the network with
-    `draft_weights: learned`. Training works best on text that the model writes itself
-    (`data.train: {mix: {self-written: 1, ...}}`).
+    The draft network predicts the next tokens from the model's last hidden state and the last
+    token. Drafting one token takes a few percent of the compute that the model needs for one token.
+    The draft network takes a few megabytes, and the model's weights do not change. The stage
+    `speculate` uses the draft network with `draft_weights: learned`. Training works best on text
+    that the model writes itself, as with `data.train: {mix: {self-written: 1}}`.
     """
 
     role: ClassVar[Role] = "draft"
@@ -40,38 +40,40 @@ class DraftNetwork(Stage):
     """The stage's name."""
 
     init: str | None = Field(default=None, min_length=1)
-    """Path of a draft_network.safetensors with initial weights. By default, the weights are random.
-    """
+    """Path of a draft_network.safetensors file with the initial weights of the draft network.
+    Without `init`, the draft network starts with random weights."""
 
     steps: int = Field(default=DRAFT.steps, ge=0)
-    """Number of optimizer steps. With 0, the network of `init` is stored unchanged, and no text is
-    read."""
+    """Number of optimizer steps for training the draft network. With `steps: 0`, the draft network
+    of `init` is stored unchanged, and no training text is read."""
 
     batch: int = Field(default=DRAFT.batch, ge=1)
-    """Number of sequences in one step."""
+    """Number of training sequences in one optimizer step."""
 
     blocks: int = Field(default=1000, ge=2)
-    """Number of blocks of training text. The model's predictions on all blocks are in memory, and
-    training uses each block several times."""
+    """Number of blocks of training text. The stage keeps the model's predictions on all blocks in
+    memory, and uses each block several times for training."""
 
     length: int | None = Field(default=None, ge=16)
-    """Length of a block, in tokens. By default, `data.train.length`."""
+    """Length of a block of training text, in tokens; by default, the value of `data.train.length`.
+    """
 
     unroll: int = Field(default=DRAFT.unroll, ge=1, le=8)
-    """Number of tokens that the network drafts at each position during training."""
+    """Number of tokens that the draft network drafts at each position of the training text."""
 
     lr: float = Field(default=DRAFT.lr, gt=0)
     """Maximum learning rate."""
 
     inner: int | None = Field(default=None, ge=8)
-    """Number of neurons of the network's MLP. By default, as many as in one MLP of the model."""
+    """Number of neurons in the MLP of the draft network; by default, as many as in one MLP of the
+    model."""
 
     vocabulary: int = Field(default=8192, ge=8)
-    """Number of different tokens that the network can draft: the most frequent tokens of the
+    """Number of different tokens that the draft network can draft: the most frequent tokens of the
     training text."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = DRAFT.precision
-    """Mixed precision of the training, by accelerate's names."""
+    """Mixed precision of the training, with the names of the library accelerate."""
 
     @model_validator(mode="after")
     def _learns_something(self) -> Self:

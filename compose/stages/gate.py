@@ -55,7 +55,8 @@ RANDOM = "random"  # in it: the state of torch's generator
 
 
 class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
-    """Attach gates to every attention and MLP branch, fine-tune them, and calibrate thresholds."""
+    """Add gates to the model: small networks that decide for each token which attention and MLP
+    branches are skipped. The stage `gate` also trains the gates and calibrates their thresholds."""
 
     role: ClassVar[Role] = "gate"
     on_gpu: ClassVar[bool] = True
@@ -68,8 +69,9 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
     """The stage's name."""
 
     recipe: Literal["ours", "paper"] = "ours"
-    """Default settings: those of this project (`ours`) or those of the GateSkip paper (`paper`).
-    gateskip/training/recipe.py lists both."""
+    """Which default settings the stage `gate` uses: those of this project (`ours`) or those of the
+    GateSkip paper (`paper`). The file gateskip/training/recipe.py lists the default settings of
+    `ours` and `paper`."""
 
     @model_validator(mode="before")
     @classmethod

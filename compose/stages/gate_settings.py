@@ -38,187 +38,204 @@ class _Group(BaseModel):
 
 
 class ShortcutRanks(_Group):
-    """Ranks of shortcuts for attention branches and for MLP branches. An MLP has about three times
-    the multiply-adds of attention."""
+    """Ranks of shortcuts (linear maps that replace skipped branches), one for attention and one for
+    MLPs. The MLP of a layer has about three times the multiply-adds of its attention."""
 
     attention: Rank
-    """Rank for attention branches."""
+    """Rank of the shortcuts that replace skipped attention branches."""
 
     mlp: Rank
-    """Rank for MLP branches."""
+    """Rank of the shortcuts that replace skipped MLP branches."""
 
 
 class GateSettings(_Group):
-    """Settings of the gates, and of the shortcut that replaces a skipped branch."""
+    """Settings of the gates, and of the shortcuts (linear maps that replace skipped branches)."""
 
     kind: GateKind = "scalar"
-    """How a gate computes its output from the input of the branch. `scalar` gates give one number
-    for each token and branch. `random`, `static` (one constant for each branch), `router`
-    (Mixture-of-Depths) and `exit` (CALM) are baselines for comparisons."""
+    """How a gate computes its output from the input of its attention or MLP branch. A gate of the
+    kind `scalar` computes one number for each token. The kinds `random`, `static` (one constant for
+    each branch), `router` (Mixture-of-Depths) and `exit` (CALM) are baselines for comparisons."""
 
     rank: int = Field(default=8, ge=2)
-    """Rank of `low-rank` gates, and width of the hidden layer of `mlp` gates."""
+    """Rank of gates of the kind `low-rank`, and hidden width of gates of the kind `mlp`."""
 
     shortcut: Rank | ShortcutRanks = 32
-    """Rank of the linear map (shortcut) that replaces a skipped branch. With 0, a skipped branch
-    adds nothing, as in the GateSkip paper. The map is fitted to the branch by least squares, then
-    trained with the gates. `{attention: 32, mlp: 128}` sets the ranks of both kinds of branches."""
+    """Rank of the linear map (shortcut) that replaces a skipped attention or MLP branch. With rank
+    0, a skipped branch adds nothing to the residual stream, as in the GateSkip paper. The linear
+    map is fitted to the output of the branch by least squares, then trained together with the
+    gates. `shortcut: {attention: 32, mlp: 128}` sets one rank for attention and one for MLPs."""
 
     scales: bool = False
-    """Whether gates also scale the output of branches that are not skipped. With `true`, gates
-    change the model even if nothing is skipped."""
+    """Whether gates also scale the outputs of attention and MLP branches that are not skipped. With
+    `scales: true`, gates change the model's predictions even if no token skips a branch."""
 
     place: Literal["after", "before"] = "after"
-    """With `scales: true`: whether gates multiply a branch's output (`after`) or its input
-    (`before`)."""
+    """Whether gates multiply the output of a branch (`after`) or its input (`before`); has an
+    effect only with `scales: true`."""
 
     init: str = Field(default=WARM, min_length=1)
-    """Initial gates: `warm` (computed from measured contributions of the branches), `open` (random,
-    with outputs near 1, as in the GateSkip paper), or the path of a gates.safetensors."""
+    """Gates before training: `warm` (computed from measured contributions of the attention and MLP
+    branches), `open` (random, with outputs near 1, as in the GateSkip paper), or the path of a
+    gates.safetensors file."""
 
     kv: Literal["project", "copy"] = "project"
-    """Keys and values of a token that skips an attention branch: computed in this layer
-    (`project`), or copied from the layer below (`copy`)."""
+    """Where a token that skips the attention of a layer gets its keys and values: computed in this
+    layer (`project`), or copied from the layer below (`copy`)."""
 
 
 class TrainSettings(_Group):
-    """How gates are trained, alone or together with the model's weights (backbone)."""
+    """Settings for training the gates, alone or together with the weights of the model."""
 
     steps: int = Field(default=TRAIN.steps, ge=0)
-    """Number of optimizer steps. With 0, the gates stay as `init` sets them."""
+    """Number of optimizer steps for training the gates. With `steps: 0`, the gates are not trained
+    and stay as `init` sets them."""
 
     budget: Budget = 0.8
-    """Lowest budget in training: the share of the branches' multiply-adds that is computed at the
-    end of training."""
+    """Lowest budget in training: the share of the attention and MLP multiply-adds that is computed
+    at the end of training."""
 
     schedule: Literal["sampled", "linear", "cosine"] = TRAIN.schedule
-    """How the training budget changes from 1 to `budget`: it falls (`linear`, `cosine`), or each
-    step draws a random budget above a falling lower bound (`sampled`)."""
+    """How the share of compute that training allows (its budget) changes from 1 to `budget`: it
+    falls linearly (`linear`) or along a cosine (`cosine`), or each step draws a random budget above
+    a falling lower bound (`sampled`)."""
 
     loss: Literal["distill", "cross-entropy", "both"] = TRAIN.loss
-    """Training loss: distance from the dense model's predictions (`distill`), loss of the text
-    (`cross-entropy`), or their sum (`both`)."""
+    """Loss for training the gates: distance from the dense model's predictions (`distill`),
+    cross-entropy on the training text (`cross-entropy`), or the sum of both (`both`)."""
 
     loss_temperature: float = Field(default=TRAIN.loss_temperature, gt=0)
     """Temperature of the distillation loss."""
 
     hidden_weight: float = Field(default=TRAIN.hidden_weight, ge=0)
-    """Weight of the distance between the final hidden states of the model and those of the dense
-    model."""
+    """Weight, in the training loss, of the distance between the final hidden states of the trained
+    model and of the dense model."""
 
     sparsity: Literal["none", "l1", "l2", "kl"] = TRAIN.sparsity
-    """Penalty on the gates' outputs. With `none`, gates learn to skip only from the training
-    budgets."""
+    """Kind of penalty on the outputs of the gates in the training loss. With `sparsity: none`, the
+    gates learn only from the training budget which tokens to skip."""
 
     sparsity_weight: float = Field(default=TRAIN.sparsity_weight, ge=0)
-    """Weight of the penalty `sparsity` in the loss."""
+    """Weight, in the training loss, of the penalty that `sparsity` sets."""
 
     masks: Literal["straight-through", "soft", "hard"] = TRAIN.masks
-    """How thresholds mask branches during training. `hard` masks pass no gradient, so they need
-    `scales: true`."""
+    """How training decides whether a token skips a branch: 0 or 1 as in decoding, with the gradient
+    of a sigmoid (`straight-through`); a sigmoid, so that a branch is computed in part (`soft`); or
+    0 or 1 without a gradient (`hard`). `masks: hard` needs `scales: true`, because gates then learn
+    only by scaling the outputs of branches."""
 
     ranking: Literal["global", "uniform", "rows"] = TRAIN.ranking
-    """How training chooses the tokens that skip: by one threshold for all branches (`global`), the
-    same share of tokens in each branch (`uniform`), or one threshold for each text of a batch
-    (`rows`). With `rows`, every text meets the budget, as with `skip: {hold: true}`, and each step
-    needs a second pass."""
+    """Which tokens skip a branch during training: those below one threshold for all branches
+    (`global`), an equal share of tokens in each branch (`uniform`), or those below one threshold
+    for each text of a batch (`rows`). With `ranking: rows`, every text of a batch meets the budget,
+    as in decoding with `skip: {hold: true}`, and each training step needs a second pass."""
 
     branches: Literal["both", "attention", "mlp"] = TRAIN.branches
-    """Which branches get gates and can be skipped."""
+    """Which branches of each layer get gates and can be skipped: attention, MLP or both."""
 
     reading: bool = TRAIN.reading
-    """Whether gates are trained for skipping in prompts only. Each block of text is cut into a
-    prompt, which skips, and an answer, which skips nothing. The loss counts only the answer."""
+    """Whether gates are trained to skip only in prompts. With `reading: true`, training cuts each
+    block of text into a prompt, in which tokens skip branches, and an answer, in which no token
+    skips. With `reading: true`, only the tokens of the answer count in the training loss."""
 
     backbone: Literal["frozen", "lora", "full"] = "full"
-    """Which weights of the model are trained: none (`frozen`), low-rank updates that are merged at
-    the end (`lora`), or all weights except the embeddings (`full`)."""
+    """Which weights of the model are trained together with the gates: none (`frozen`), low-rank
+    updates that are merged into the weights at the end (`lora`), or all weights except the
+    embeddings (`full`)."""
 
     lora_rank: int = Field(default=TRAIN.lora_rank, ge=1)
-    """Rank of the low-rank updates of `backbone: lora`."""
+    """Rank of the low-rank weight updates with `backbone: lora`."""
 
     lr: float = Field(default=TRAIN.lr, gt=0)
     """Learning rate of the gates."""
 
     backbone_lr: float = Field(default=TRAIN.backbone_lr, gt=0)
-    """Learning rate of the model's weights; without effect if they are frozen."""
+    """Learning rate of the model's weights; has no effect with `backbone: frozen`."""
 
     weight_decay: float = Field(default=TRAIN.weight_decay, ge=0)
     """Weight decay of the model's weights."""
 
     warmup: Share = TRAIN.warmup
-    """Share of the steps in which the learning rates rise (warm-up)."""
+    """Length of the warm-up, in which the learning rates rise, as a share of the training steps."""
 
     decay: Literal["linear", "cosine"] = TRAIN.decay
-    """How the learning rates fall to a tenth after the warm-up."""
+    """How the learning rates fall to a tenth of their maximum after the warm-up: linearly or along
+    a cosine."""
 
     length: int = Field(default=256, ge=8)
-    """Tokens in one training sequence."""
+    """Length of one training sequence, in tokens."""
 
     batch: int = Field(default=TRAIN.batch, ge=1)
-    """Number of sequences in one pass."""
+    """Number of training sequences in one forward and backward pass."""
 
     accumulate: int = Field(default=TRAIN.accumulate, ge=1)
-    """Number of passes in one optimizer step (gradient accumulation)."""
+    """Number of passes whose gradients are added up for one optimizer step (gradient accumulation).
+    """
 
     checkpointing: bool = TRAIN.checkpointing
-    """Whether branches are computed again in the backward pass (gradient checkpointing): less
-    memory, more time."""
+    """Whether the backward pass computes attention and MLP branches again instead of keeping their
+    activations (gradient checkpointing), which saves memory and takes more time."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = TRAIN.precision
-    """Mixed precision of the training, by accelerate's names. `auto` is bf16 if the device computes
-    bf16 fast."""
+    """Mixed precision of the training, with the names of the library accelerate. `auto` means bf16
+    if the device computes fast in bf16."""
 
     on_policy: OnPolicyText | None = None
-    """A second training phase, in which the skipping model writes part of the training text and
-    learns the dense model's predictions on it. `{}` turns this phase on with default settings."""
+    """Settings of a second training phase, in which the model writes part of the training text
+    itself and learns the dense model's predictions on this text (on-policy distillation).
+    `on_policy: {}` turns this phase on with default settings."""
 
     validate_every: int = Field(default=100, ge=0)
-    """Number of steps between validations on two blocks of the calibration text. With 0, there is
-    one validation at the end."""
+    """Number of training steps between two validations, each on two blocks of the calibration text.
+    With `validate_every: 0`, there is one validation, at the end of training."""
 
 
 class CalibrateSettings(_Group):
-    """How thresholds are calibrated."""
+    """Settings for calibrating the thresholds below which a token skips a branch."""
 
     allocation: Allocation = "global"
-    """How a budget is distributed over branches: one threshold for all branches (`global`), the
-    same share of tokens for each branch (`uniform`), or shares that depend on the measured
-    sensitivity of each branch (`sensitivity`)."""
+    """How a budget is distributed over the attention and MLP branches: one threshold for all
+    branches (`global`), an equal share of tokens for each branch (`uniform`), or shares that depend
+    on the measured sensitivity of each branch (`sensitivity`)."""
 
     least: Share = 0.0
-    """Minimum share of tokens for which each branch is computed, at any budget."""
+    """Minimum share of tokens for which each attention and MLP branch is computed, at any budget.
+    """
 
     most: Share = 1.0
-    """Maximum share of tokens for which a branch is computed."""
+    """Maximum share of tokens for which an attention or MLP branch is computed."""
 
     budgets: tuple[Budget, ...] = Field(default=DEFAULT_BUDGETS, min_length=1)
-    """Budgets for which thresholds are calibrated and stored. If two neighbouring budgets, or the
-    highest budget and 1, differ by more than 0.1, budgets between them are added."""
+    """Budgets (shares of the attention and MLP multiply-adds that are computed) for which
+    thresholds are calibrated and stored. If two neighbouring budgets, or the highest budget and 1,
+    differ by more than 0.1, the calibration adds budgets between them."""
 
     prompt_budgets: tuple[Budget, ...] = ()
-    """Budgets for which thresholds for prompt tokens (except the last token) are calibrated.
-    `skip: {prompt_budget: 0.8}` needs them. The calibration first measures how much skipping each
-    branch in the prompt changes the predictions of the answer."""
+    """Budgets for prompts: shares of the attention and MLP multiply-adds that are computed for
+    prompt tokens, except the last prompt token. The stage `skip` can skip in prompts with
+    `prompt_budget` only if `prompt_budgets` is set here. To calibrate thresholds for prompts, the
+    stage `gate` first measures how much the predictions of the answer change if prompt tokens skip
+    a branch."""
 
     prompt_order: PromptOrder = "harm"
-    """Which branches prompt tokens skip first: branches with the smallest measured effect on
-    answers for their cost (`harm`), or the branches of the last layers (`depth`), as early exits
-    do."""
+    """Which branches prompt tokens skip first: branches whose skipping changes answers least for
+    the compute that it saves (`harm`), or the branches of the last layers (`depth`), as in
+    early-exit methods."""
 
     calibration_blocks: int = Field(default=16, ge=1)
-    """Number of sequences, of `length` tokens each, on which thresholds are calibrated."""
+    """Number of sequences on which thresholds are calibrated; each sequence has `length` tokens."""
 
     calibrate_on: Literal["text", "written", "both"] = "text"
     """Text on which thresholds are calibrated: the calibration text (`text`), answers that the
-    model writes while it skips (`written`), or both. The prompts for these answers come from the
-    calibration text or the training text. If neither has prompts, a chat model writes them."""
+    model writes while it skips branches (`written`), or both (`both`). The model answers prompts
+    from the calibration text or, if it has none, from the training text. If neither the calibration
+    text nor the training text contains prompts, a chat model writes the prompts itself."""
 
     written_prompts: int = Field(default=32, ge=1)
-    """Number of prompts that the model answers at each budget."""
+    """Number of prompts that the model answers at each budget, to calibrate thresholds on its own
+    answers."""
 
     written_tokens: int = Field(default=64, ge=2)
-    """Maximum number of tokens in an answer."""
+    """Maximum number of tokens in each answer that the model writes for calibration."""
 
     @field_validator("budgets", "prompt_budgets")
     @classmethod

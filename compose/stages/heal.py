@@ -32,7 +32,8 @@ HELD_OUT = 4  # blocks that healing is stopped by
 
 
 class Heal(Stage):
-    """Train the weights towards the predictions of the dense model (distillation)."""
+    """Train the weights of a compressed model towards the predictions of the original (dense) model
+    (distillation)."""
 
     role: ClassVar[Role] = "heal"
     on_gpu: ClassVar[bool] = True
@@ -48,57 +49,63 @@ class Heal(Stage):
     backbone: Literal["full", "lora", "scales", "codes"] = "full"
     """Which weights are trained: all weights except the embeddings (`full`), low-rank updates of
     the linear layers that are merged at the end (`lora`), the scales and norms of a quantized model
-    (`scales`), or also the integer codes of `int8`, `int4`, `int3` or `int2` (`codes`). `codes`
-    recovers more quality than `scales` and takes longer. File format, size and speed do not change.
-    """
+    (`scales`), or its scales, norms and integer codes (`codes`; after `int8`, `int6`, `int4`,
+    `int3` or `int2`). `backbone: codes` recovers more quality than `backbone: scales` and takes
+    longer. Training scales or codes changes neither the file format nor the size or speed of the
+    model."""
 
     lora_rank: int = Field(default=HEAL.lora_rank, ge=1)
-    """Rank of the low-rank updates of `backbone: lora`."""
+    """Rank of the low-rank weight updates with `backbone: lora`."""
 
     lr: float = Field(default=HEAL.lr, gt=0)
-    """Maximum learning rate. `lora` and `scales` need about ten times the rate of `full`."""
+    """Maximum learning rate. `backbone: lora` and `backbone: scales` need about ten times the
+    learning rate of `backbone: full`."""
 
     weight_decay: float = Field(default=HEAL.weight_decay, ge=0)
-    """Weight decay of AdamW."""
+    """Weight decay of the optimizer AdamW."""
 
     warmup: float = Field(default=HEAL.warmup, ge=0, le=1)
-    """Share of the steps in which the learning rate rises (warm-up)."""
+    """Length of the warm-up, in which the learning rate rises, as a share of the training steps."""
 
     decay: Literal["linear", "cosine"] = HEAL.decay
-    """How the learning rate falls to a tenth after the warm-up."""
+    """How the learning rate falls to a tenth of its maximum after the warm-up: linearly or along a
+    cosine."""
 
     batch: int = Field(default=HEAL.batch, ge=1)
-    """Number of sequences in one pass."""
+    """Number of training sequences in one forward and backward pass."""
 
     accumulate: int = Field(default=HEAL.accumulate, ge=1)
-    """Number of passes in one optimizer step (gradient accumulation)."""
+    """Number of passes whose gradients are added up for one optimizer step (gradient accumulation).
+    """
 
     length: int | None = Field(default=None, ge=8)
-    """Length of a sequence, in tokens. By default, `data.train.length`."""
+    """Length of one training sequence, in tokens; by default, the value of `data.train.length`."""
 
     temperature: float = Field(default=HEAL.temperature, gt=0)
     """Temperature of the distillation loss."""
 
     on_policy: OnPolicyText | None = None
-    """A second training phase, in which the trained model writes part of the training text and
-    learns the dense model's predictions on it. `{}` turns this phase on with default settings."""
+    """Settings of a second training phase, in which the model writes part of the training text
+    itself and learns the dense model's predictions on this text (on-policy distillation).
+    `on_policy: {}` turns this phase on with default settings."""
 
     checkpointing: bool = HEAL.checkpointing
-    """Whether layers are computed again in the backward pass (gradient checkpointing): less memory,
-    more time."""
+    """Whether the backward pass computes layers again instead of keeping their activations
+    (gradient checkpointing), which saves memory and takes more time."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = HEAL.precision
-    """Mixed precision of the training, by accelerate's names; `auto` is bf16 if the device computes
-    bf16 fast."""
+    """Mixed precision of the training, with the names of the library accelerate. `auto` means bf16
+    if the device computes fast in bf16."""
 
     validate_every: int = Field(default=HEAL.validate_every, ge=0)
-    """Number of steps between validations on four held-out blocks of the training text. The weights
-    of the best validation are saved. With 0, there is no validation, and the last weights are
+    """Number of training steps between two validations, each on four held-out blocks of the
+    training text. The stage `heal` saves the weights that had the best validation. With
+    `validate_every: 0`, there is no validation, and the weights after the last training step are
     saved."""
 
     patience: int = Field(default=HEAL.patience, ge=0)
-    """Training stops after this number of validations without improvement. With 0, training never
-    stops early."""
+    """Number of validations without improvement after which training stops. With `patience: 0`,
+    training never stops early."""
 
     def tolerates(self, rule: str) -> bool:
         """Packed weights learn by their scales and codes. Gates tolerate that as they tolerate

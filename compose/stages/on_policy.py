@@ -15,34 +15,37 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class OnPolicyText(BaseModel):
-    """Settings for training on text that the trained model writes itself."""
+    """Settings for training on text that the trained model writes itself (on-policy
+    distillation)."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     after: Share = DEFAULT.after
-    """Share of the training steps after which this phase begins."""
+    """Share of the training steps after which training on text of the model itself begins."""
 
     share: Share = DEFAULT.share
-    """Share of the passes in this phase that train on text written by the model."""
+    """Share of the training passes that use text written by the model, once training on such text
+    has begun."""
 
     every: int = Field(default=DEFAULT.every, ge=1)
-    """Number of steps after which the model writes new text."""
+    """Number of training steps after which the model writes new training text."""
 
     tokens: int = Field(default=DEFAULT.tokens, ge=1)
     """Number of tokens that the model writes at the end of each block of training text."""
 
     temperature: float = Field(default=DEFAULT.temperature, ge=0)
-    """Sampling temperature for the written text; 0 decodes greedily."""
+    """Sampling temperature with which the model writes training text; 0 means greedy decoding."""
 
     divergence: Divergence = DEFAULT.divergence
-    """Loss on the written text, compared with the dense model: `forward` is KL(dense || model),
-    `reverse` is KL(model || dense), `mixed` is the mean of both."""
+    """Training loss on text that the model wrote: KL(dense || model) for `forward`, KL(model ||
+    dense) for `reverse`, or the mean of both for `mixed`."""
 
     top_k: int = Field(default=DEFAULT.top_k, ge=0)
-    """Number of the dense model's most likely tokens that the loss counts separately. All other
-    tokens count as one token. With 0, all tokens are counted separately."""
+    """Number of most likely tokens, as the dense model ranks them, whose probabilities the loss
+    compares one by one. All other tokens of the vocabulary are compared as if they were one token.
+    With `top_k: 0`, all tokens of the vocabulary are compared one by one."""
 
 
 def as_settings(text: OnPolicyText | None) -> OnPolicy | None:

@@ -76,7 +76,7 @@ def render(spec: PictureSpec) -> Picture:
     wide, narrow = Frame(LIGHT, 560, narrow=False), Frame(LIGHT, 340, narrow=True)
     drawn = {w: _text(spec, frame) for w, frame in (("wide", wide), ("narrow", narrow))}
     unnamed = _unnamed(spec, drawn["wide"])
-    more = f" Without room for their names: {', '.join(unnamed)}." if unnamed else ""
+    more = f" Marks without a name: {', '.join(unnamed)}." if unnamed else ""
     return Picture(
         key=spec.key,
         title=spec.title,

@@ -21,7 +21,8 @@ def curves(report: Report) -> PictureSpec | None:
     if not shown:
         return None
     caption = (
-        "Full lines: net compute saved. Dashed lines: without the cost of gates, as in the paper."
+        "Full lines show the net compute saved. Dashed lines leave out the cost of gates, as in the"
+        " GateSkip paper."
         " The horizontal line is 90 % of the dense model's score, for the first curve."
     )
 
@@ -43,7 +44,7 @@ def curves(report: Report) -> PictureSpec | None:
         axes.tick_params(length=0)
         axes.legend(frameon=False, labelcolor=frame.theme.ink, fontsize=frame.text - 0.5)
 
-    title = "Accuracy as compute is skipped"
+    title = "Accuracy at each share of skipped compute"
     alt = f"{title}: {', '.join(curve.weights for curve, _ in shown)}. {caption}"
     return PictureSpec("curves", title, alt, caption, 360, draw)
 

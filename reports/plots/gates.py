@@ -23,8 +23,8 @@ def gates(report: Report) -> PictureSpec | None:
     shares = [[use.kept for use in insight.branches]]
     shares += [list(group.kept) for group in insight.kinds.values()]
     caption = (
-        f"Share of tokens of each kind that enter a branch, in variant {row.number} "
-        f"({row.cell.name}): full colour is all of them, empty is none."
+        f"Share of tokens of each kind for which a branch is computed, in variant {row.number} "
+        f"({row.cell.name}). Full colour means all tokens, and no colour means no token."
     )
 
     def draw(figure: Figure, frame: Frame) -> None:
@@ -41,7 +41,7 @@ def gates(report: Report) -> PictureSpec | None:
         both[1].set_xlabel("layer")
         both[1].xaxis.set_major_locator(MaxNLocator(min(layers, 8), integer=True))
 
-    title = "What the gates let in"
+    title = "Tokens for which each branch is computed"
     alt = f"{title}: kept shares of {len(names)} kinds of tokens at {layers} layers."
     return PictureSpec("gates", title, alt, caption, 120 + 34 * len(names), draw)
 

@@ -27,10 +27,10 @@ def repeats(report: Report) -> PictureSpec | None:
     rows = [row for row in report.rows if len(_runs(row)) > 1]
     if not rows:
         return None
-    caption = "Each repeat is a dot, the median a bar."
+    caption = "Each dot is one repeat, and each bar is a median."
     if len(rows) > MOST:
         rows = [r for r in rows if r.is_baseline or r.cell.peer or r.number in report.on_a_front]
-        caption += " Only the baseline, other engines and variants on a front are drawn."
+        caption += " Only the baseline, other engines and the best trade-offs are drawn."
 
     def draw(figure: Figure, frame: Frame) -> None:
         axes = figure.add_subplot()
@@ -67,7 +67,7 @@ def training(report: Report) -> PictureSpec | None:
     if not curves:
         return None
     curves = dict(list(curves.items())[:MOST_CURVES])
-    caption = "Thin: training loss. With dots: loss on held-out text."
+    caption = "Thin lines show the training loss. Lines with dots show the loss on held-out text."
 
     def draw(figure: Figure, frame: Frame) -> None:
         axes = figure.add_subplot()

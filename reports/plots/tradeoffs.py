@@ -72,7 +72,7 @@ def front(report: Report, metric: str) -> PictureSpec | None:
 def _caption(rows: Sequence[Row], front: Sequence[Row], *, whiskers: bool, beyond: bool) -> str:
     names = ", ".join(f"{row.number}{_NB}{row.cell.name}" for row in front[:NAMED_MOST])
     more = len(front) - NAMED_MOST
-    parts = [f"On the front: {names}{f' and {more} more' if more > 0 else ''}."]
+    parts = [f"Best trade-offs: {names}{f' and {more} more' if more > 0 else ''}."]
     if whiskers:
         parts.append(
             f"Whiskers are 95{THIN}% intervals: variants whose whiskers overlap may not differ."

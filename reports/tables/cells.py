@@ -78,7 +78,7 @@ def overview(report: Report) -> Table[Row]:
                 "size",
                 "Size",
                 "MB",
-                "Weight files on disk.",
+                "Size of the weight files on disk.",
                 PAGE.megabytes,
                 show_gain=True,
                 bar=True,
@@ -98,7 +98,10 @@ def overview(report: Report) -> Table[Row]:
             *(task_score_column(report, task, detail=False) for task in report.tasks),
             metric_column("retained", "Keeps", "%", retained_help(report), PAGE.share, bar="unit"),
             Column(
-                "Accepted", "%", ACCEPTED_HELP + " Below it: " + MEAN_HELP.lower(), accepted_entry
+                "Accepted",
+                "%",
+                ACCEPTED_HELP + " The number below is the" + MEAN_HELP.lower(),
+                accepted_entry,
             ),
             Column("Lossless", "", LOSSLESS_HELP, lossless_entry),
         ],
@@ -110,7 +113,13 @@ def verdicts(report: Report) -> Table[Row]:
     rows = tuple(row for row in report.rows if row.cell.verdict is not None)
     columns = [
         Column("Verdict", "", VERDICT_HELP, verdict_entry),
-        Column("Why", "", "The evidence for the verdict.", why_entry, align="left"),
+        Column(
+            "Why",
+            "",
+            "The evidence for the verdict; ranges are 95 % intervals.",
+            why_entry,
+            align="left",
+        ),
     ]
     return table_of(report, rows, columns)
 
@@ -126,17 +135,17 @@ def quality(report: Report) -> Table[Row]:
             Column(
                 "Perplexity",
                 perplexity_text(report),
-                "Perplexity. Lower is better.",
+                "Perplexity on the evaluation text. Lower is better.",
                 perplexity_entry,
             ),
             metric_column(
                 "perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, three_decimals
             ),
             metric_column("kl", "KL", "mean", KL_HELP, PAGE.number),
+            quality_column("KL", "median", "Median of the KL over tokens.", lambda q: q.kl_median),
             quality_column(
-                "KL", "median", "The median over tokens instead of the mean.", lambda q: q.kl_median
+                "KL", "p90", "90th percentile of the KL over tokens.", lambda q: q.kl_p90
             ),
-            quality_column("KL", "p90", "The 90th percentile over tokens.", lambda q: q.kl_p90),
             metric_column("agreement", "Agree", "%", AGREE_HELP, PAGE.share),
             Column("Own answers", "KL", OWN_KL_HELP, own_kl_entry),
             answers_column("Common prefix", "tokens", PREFIX_HELP, lambda a: a.common_prefix),
@@ -147,7 +156,7 @@ def quality(report: Report) -> Table[Row]:
                 "accuracy",
                 "Tasks",
                 "mean, %",
-                "Mean of the task scores, each task weighed alike.",
+                "Mean of the task scores, with the same weight for each task.",
                 PAGE.share,
             ),
             metric_column("written", "Written", "keeps, %", WRITTEN_HELP, PAGE.share),
@@ -158,7 +167,7 @@ def quality(report: Report) -> Table[Row]:
     )
 
 
-SEEN_HELP = "The text that its weights, gates or drafts were calibrated on or trained on."
+SEEN_HELP = "The text on which the variant's weights, gates or drafts were calibrated or trained."
 
 
 def seen_entry(report: Report, row: Row) -> Entry:
@@ -179,12 +188,17 @@ def seeds(report: Report) -> Table[Row]:
             "accuracy",
             "Tasks",
             "mean, %",
-            "Mean of the task scores, each task weighed alike.",
+            "Mean of the task scores, with the same weight for each task.",
             PAGE.share,
         ),
         ("retained", "Keeps", "%", retained_help(report), PAGE.share),
     ]
-    count = Column("Seeds", "", "Number of seeds that the variant was run with.", seed_count_entry)
+    count = Column(
+        "Seeds",
+        "",
+        "Number of seeds with which the variant was made and measured.",
+        seed_count_entry,
+    )
     columns = [
         Column(head, unit, help, seeds_mean(name, show)) for name, head, unit, help, show in shown
     ]
@@ -224,7 +238,7 @@ def speed(report: Report) -> Table[Row]:
             Column(
                 "Repeat",
                 "s, shortest",
-                "Duration of the shortest timed decode repeat.",
+                "Duration of the shortest timed decoding round, in seconds.",
                 timed_entry,
             ),
             *(column for shape in (*batches, *contexts, *categories) for column in shape),
@@ -238,30 +252,39 @@ def memory(report: Report) -> Table[Row]:
         report,
         report.rows,
         [
-            metric_column("size", "On disk", "MB", "Weight files.", PAGE.megabytes),
+            metric_column(
+                "size", "On disk", "MB", "Size of the weight files on disk.", PAGE.megabytes
+            ),
             metric_column(
                 "resident",
                 "In memory",
                 "MB",
-                "Tensors of the loaded model; for other engines, their process's memory.",
+                "Memory of the tensors of the loaded model. For other engines, the memory of the"
+                " whole process.",
                 PAGE.megabytes,
             ),
             metric_column(
                 "peak", "Peak", "MB", "Peak memory of the variant's process.", PAGE.megabytes
             ),
-            Column("KV cache", "MB", "KV cache of the largest shape that was timed.", cache_entry),
+            Column(
+                "KV cache",
+                "MB",
+                "Memory of the KV cache at the largest batch size and length that were timed.",
+                cache_entry,
+            ),
             metric_column(
                 "saved-gross",
                 "Saved",
                 "gross, %",
-                "Compute saved, without subtracting the cost of gates.",
+                "Share of compute saved, without subtracting the cost of gates.",
                 PAGE.share,
             ),
             metric_column("saved", "Saved", "net, %", SAVED_HELP, PAGE.share),
             Column(
                 "Saved",
                 "model, %",
-                "Net savings as a share of the whole model, including the LM head.",
+                "Net compute saved, as a share of the whole model's compute, including the LM"
+                " head.",
                 saved_model_entry,
             ),
         ],
@@ -276,16 +299,21 @@ def arithmetic(report: Report) -> Table[Row]:
         (
             "Activations",
             "decoding",
-            "Type of the activations in decoding.",
+            "Data type of the activations in decoding.",
             arithmetic_entry("activations"),
         ),
         (
             "Activations",
             "scoring",
-            "Type of the activations in prompts and scoring.",
+            "Data type of the activations in prefill and scoring.",
             arithmetic_entry("activations", scoring=True),
         ),
-        ("Sums", "", "The type in which products are summed.", arithmetic_entry("accumulation")),
+        (
+            "Sums",
+            "",
+            "The data type in which products are summed.",
+            arithmetic_entry("accumulation"),
+        ),
         (
             "Chosen by timing",
             "",
@@ -312,7 +340,7 @@ def speculation(report: Report) -> Table[Row]:
             Column(
                 "Speed-up",
                 "over plain",
-                "Decode speed divided by that of the same weights without drafts.",
+                "Decode speed divided by the decode speed of the same weights without drafts.",
                 speedup_entry,
             ),
             Column("Drafted by", "% of drafts", DRAFTED_BY_HELP, drafted_by_entry),
@@ -322,7 +350,7 @@ def speculation(report: Report) -> Table[Row]:
             Column(
                 "Draft length",
                 "most often",
-                "Number of tokens in a draft.",
+                "Most frequent number of tokens in a draft.",
                 usual_draft_entry,
             ),
             *position_columns(rows),
@@ -342,13 +370,13 @@ def lossless(report: Report) -> Table[Row]:
     forced = Column(
         "Draft length",
         "forced",
-        "Fixed draft length of the check.",
+        "Fixed number of tokens in each draft of the check.",
         check_count_entry("forced_draft_length"),
     )
     accepted = Column(
         "Accepted",
         "%, forced",
-        "Share of drafted tokens accepted in the check with the fixed draft length.",
+        "Share of drafted tokens that were accepted in the check, with the fixed draft length.",
         _forced_rate,
     )
     return table_of(
@@ -356,8 +384,18 @@ def lossless(report: Report) -> Table[Row]:
         rows,
         [
             Column("Lossless", "", LOSSLESS_HELP, diverged_entry),
-            Column("Prompts", "", "Number of prompts compared.", check_count_entry("prompts")),
-            Column("Tokens", "", "Number of new tokens compared.", check_count_entry("tokens")),
+            Column(
+                "Prompts",
+                "",
+                "Number of prompts on which the answers were compared.",
+                check_count_entry("prompts"),
+            ),
+            Column(
+                "Tokens",
+                "",
+                "Number of new tokens that were compared.",
+                check_count_entry("tokens"),
+            ),
             Column(
                 "Diverged",
                 "prompts",
@@ -368,13 +406,13 @@ def lossless(report: Report) -> Table[Row]:
             Column(
                 "Passes",
                 "forced",
-                "Passes by draft length.",
+                "Number of passes for each draft length.",
                 lengths_entry("forced_draft_length_histogram"),
             ),
             Column(
                 "Passes",
                 "own lengths",
-                "Passes by draft length.",
+                "Number of passes for each draft length.",
                 lengths_entry("own_draft_length_histogram"),
             ),
             accepted,

@@ -143,4 +143,7 @@ def retained_help(report: Report) -> str:
     """What the share retained is a share of, in this run."""
     if retained_basis(report.results) == "tasks":
         return "Task score divided by the dense model's score, mean over the tasks."
-    return "Perplexity of the dense model divided by the variant's: this run asked no questions."
+    return (
+        "Perplexity of the dense model divided by the variant's perplexity, because this run asked"
+        " no questions."
+    )

@@ -12,19 +12,34 @@ from compose.table import Entry
 from reports.load import Report, Row
 from reports.tables.columns import IDENTICAL, Column, Make, predicts_like_baseline, tone
 
-RATIO_HELP = "Perplexity divided by the dense model's. Below: the 95 % interval."
-KL_HELP = "Mean KL divergence from the dense model, in nats per token. Below: the 95 % interval."
-AGREE_HELP = "Share of positions where the most probable token is that of the dense model."
+RATIO_HELP = (
+    "Perplexity of the variant divided by the perplexity of the dense model. The number"
+    " below is the 95 % interval."
+)
+KL_HELP = (
+    "Mean KL divergence from the dense model, in nats per token. The number below is the 95"
+    " % interval."
+)
+AGREE_HELP = (
+    "Share of text positions at which the variant and the dense model have the same most"
+    " likely token."
+)
 ROUNDING_HELP = (
-    "Mean KL between decoding, which rounds activations to 8 bits, and scoring, which does"
-    " not, in nats per token."
+    "Mean KL, in nats per token, between the predictions of decoding, which rounds activations to"
+    " 8 bits, and those of scoring, which does not."
 )
-OWN_KL_HELP = "Mean KL from the dense model on the greedy answers of the dense model."
+OWN_KL_HELP = (
+    "Mean KL divergence from the dense model, measured on greedy answers of the dense model."
+)
 WRITTEN_HELP = (
-    "Score divided by the dense model's score, mean over tasks whose answers the model writes."
+    "Task score divided by the dense model's score, mean over the tasks whose answers the model"
+    " writes."
 )
-RANKED_HELP = "Score divided by the dense model's score, mean over multiple-choice tasks."
-PREFIX_HELP = "Number of tokens after which the greedy answer first differs from the dense model's."
+RANKED_HELP = "Task score divided by the dense model's score, mean over the multiple-choice tasks."
+PREFIX_HELP = (
+    "Number of tokens after which a greedy answer first differs from the dense model's"
+    " greedy answer."
+)
 
 
 def task_score_column(report: Report, task: str, *, detail: bool) -> Column:
@@ -42,12 +57,13 @@ def task_score_column(report: Report, task: str, *, detail: bool) -> Column:
     counts = sorted({score.n for score in scores if score.n is not None})
     metric = ", ".join(dict.fromkeys(score.metric for score in scores))
     kinds = ", ".join(dict.fromkeys(score.kind for score in scores if score.kind))
-    help = f"{task}, {metric} of lm-eval{f', {kinds}' if kinds else ''}."
+    how = ", ".join(filter(None, (metric, kinds)))
+    help = f"Score on the lm-eval task {task} ({how})."
     if not detail:
         name, _, kind = task.partition("_")
         return Column(name, f"{kind}, %" if kind else "%", help, make)
     unit = f"%, n {counts[0]}" if len(counts) == 1 else "%"
-    return Column(task, unit, f"{help} Below it: the 95 % interval.", make)
+    return Column(task, unit, f"{help} The number below is the 95 % interval.", make)
 
 
 def task_kept_column(task: str) -> Column:
@@ -65,7 +81,10 @@ def task_kept_column(task: str) -> Column:
         text = unless_one(PAGE.share(retained), ends)
         return Entry(text, note, retained, tone=None if ends is None else tone("retained", ends[0]))
 
-    help = "The score to the left over the dense model's, with its paired 95 % interval."
+    help = (
+        "Task score in the column to the left, divided by the dense model's score. The number"
+        " below is the paired 95 % interval."
+    )
     return Column("Keeps", "%", help, make)
 
 
@@ -93,8 +112,8 @@ def _spent_column(name: str, read: Callable[[Quality], TextCompute | None]) -> C
         return Entry(PAGE.share(spent.saved_net), f"kept {', '.join(parts)}", spent.saved_net)
 
     help = (
-        f"Multiply-adds saved, net, on the prompts and answers of {name}. Below it: the share of"
-        " the branches' multiply-adds that each phase kept."
+        f"Net share of multiply-adds saved on the prompts and answers of {name}. The numbers below"
+        " are the shares of the attention and MLP multiply-adds computed in prompts and in answers."
     )
     return Column(f"{name} saved", "net, %", help, make)
 

@@ -92,8 +92,8 @@ def noise_floor(report: Report) -> str:
         else f"agreement {PAGE.percent(floor.greedy_agreement)}",
     ]
     words = ", ".join(part for part in parts if part)
-    noise = f"Noise floor: the dense model in {floor.dtype} has {words}."
-    return f"{noise} Smaller differences are rounding."
+    noise = f"Noise floor: computed in {floor.dtype}, the dense model has {words}."
+    return f"{noise} Differences below the noise floor are rounding errors."
 
 
 def contamination(report: Report) -> list[tuple[str, int, int]]:
@@ -143,7 +143,7 @@ def environment(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         "memory_bytes": "Memory",
         "cpu_features": "Instructions",
         "load_average": "Load",
-        "roofline": "Ceilings",
+        "roofline": "Hardware limits",
         "platform": "Platform",
         "python": "Python",
         "git_commit": "Commit",

@@ -13,15 +13,20 @@ from reports.load import Report, Row
 from reports.tables.columns import Column, Make
 
 POSITION_HELP = (
-    "Share of tokens accepted at this position of a draft, if all tokens before were accepted."
+    "Share of drafted tokens at this position that were accepted, if all earlier tokens of the"
+    " draft were accepted."
 )
 SHOWN_POSITIONS = 6
 ACCEPTED_HELP = "Share of drafted tokens that the whole model accepted in the timed rounds."
-MEAN_HELP = "New tokens for each pass of the whole model. Without drafts it is 1."
-PLAIN_HELP = "Share of the timed steps without a draft."
-LOSSLESS_HELP = "Whether greedy decoding gives the same tokens as the named weights without drafts."
+MEAN_HELP = "Mean number of new tokens for each pass of the whole model, which is 1 without drafts."
+PLAIN_HELP = "Share of the timed decoding steps that had no draft."
+LOSSLESS_HELP = (
+    "Whether greedy decoding with drafts gives the same tokens as the named weights without drafts."
+)
 FELL_BACK = "fell back to plain decoding"
-DRAFTED_BY_HELP = "Share of the drafted tokens from look-up, and from the draft model."
+DRAFTED_BY_HELP = (
+    "Shares of the drafted tokens that came from look-up in the text and from the draft model."
+)
 
 
 @dataclass(frozen=True)

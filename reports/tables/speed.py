@@ -11,18 +11,20 @@ from reports.load import Report, Row
 from reports.tables.columns import Column, Make
 
 DECODE_HELP = (
-    "New tokens per second with batch size 1, median of the rounds. Below: the speed divided"
-    " by the dense model's speed in the same rounds, with its 95 % interval."
+    "New tokens per second with a batch size of 1, median over the rounds. The number below is"
+    " this speed divided by the dense model's speed in the same rounds, with its 95 % interval."
 )
 PREFILL_HELP = (
-    "Prompt tokens per second with batch size 1. Below: the speed divided by the dense model's."
+    "Prompt tokens per second with a batch size of 1. The number below is this speed divided by"
+    " the dense model's speed."
 )
 SAVED_HELP = (
-    "Pruned or skipped share of the multiply-adds of the dense model's layers. The cost of"
-    " gates, shortcuts, keys and values is subtracted."
+    "Share of the multiply-adds of the dense model's layers that is pruned or skipped. The cost of"
+    " gates, of shortcuts, and of the keys and values of skipping tokens is subtracted."
 )
 PAIRED_HELP = (
-    "The speed divided by the dense model's speed in the same rounds. Below: the 95 % interval."
+    "Speed divided by the dense model's speed in the same rounds. The number below is the 95 %"
+    " interval."
 )
 
 Read = Callable[[Row], SpeedNumbers | None]

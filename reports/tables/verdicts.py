@@ -10,8 +10,9 @@ from compose.table import Entry
 from reports.load import Report, Row
 
 VERDICT_HELP = (
-    "ACCEPT, TRADE-OFF, REGRESSION or NO EVIDENCE, from 95 % intervals. Variants are compared"
-    " with the dense model; variants with drafts, with the same weights without drafts."
+    "Verdict from 95 % intervals: ACCEPT, TRADE-OFF, REGRESSION or NO EVIDENCE. Variants without"
+    " drafts are compared with the dense model. Variants with drafts are compared with the same"
+    " weights without drafts."
 )
 
 

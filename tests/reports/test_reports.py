@@ -253,9 +253,13 @@ def test_the_report_opens_with_the_answer_and_its_price() -> None:
     speed, size, exact = summary(report)
     assert (speed.aim, size.aim, exact.aim) == ("For speed", "For size", "For exactness")
     assert speed.row is not None and speed.row.cell.name == "gates+gptq4+spec"
-    assert size.row is not None and size.row.cell.name == "nf4" and "of the size" in size.price
+    assert (
+        size.row is not None
+        and size.row.cell.name == "nf4"
+        and "% of the original model's disk space" in size.price
+    )
     assert exact.row is not None and exact.row.cell.name == "gates+spec"
-    assert exact.price.endswith("identical predictions.")
+    assert exact.price.endswith("Its predictions are identical to those of the original model.")
     words, markdown = Page(to_html(report, {})).words, to_markdown(report, {})
     for text in (words, markdown):
         place = text.index("Recommended")
@@ -369,7 +373,7 @@ def test_every_point_of_a_front_has_its_name(drawn: dict[str, Picture], report: 
 def test_the_picture_of_the_readme_names_every_point_in_light_and_dark() -> None:
     report = read(PUBLISHED / "peers")
     light = pictures(report)["front-decode"]
-    assert "Without room" not in light.caption
+    assert "Marks without a name" not in light.caption
     dark = dark_pngs(report, ["front-decode"])["front-decode"]
     assert dark.startswith(b"\x89PNG") and dark != light.png
 
@@ -496,7 +500,7 @@ def test_what_else_is_known_of_the_run_is_said(evident: Report) -> None:
         "900.0 MB",
         "0123456789abcdef",
         "prompts: bfloat16",
-        "Noise floor: the dense model in float32",
+        "Noise floor: computed in float32, the dense model",
     ):
         assert known in words
         assert escape_markdown(known) in markdown

@@ -38,7 +38,7 @@ Unit = tuple[int, ...]
 
 
 class PruneBranches(Pruning):
-    """Remove attention and MLP branches that gates skip for almost all tokens at a budget."""
+    """Remove the attention and MLP branches that gates skip for almost all tokens."""
 
     version: ClassVar[int] = 2
     example: ClassVar[Mapping[str, Any]] = {"budget": 0.8}
@@ -47,20 +47,23 @@ class PruneBranches(Pruning):
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, lt=1)
-    """Budget at which the gates are evaluated."""
+    """Share of the attention and MLP multiply-adds that the gates compute (the budget) when the
+    stage counts how often each branch is skipped."""
 
     share: float = Field(default=0.02, ge=0, lt=1)
-    """A branch can be removed if it is computed for at most this share of tokens."""
+    """An attention or MLP branch can be removed if it is computed for at most this share of tokens.
+    """
 
     rise: float = Field(default=0.05, gt=0)
-    """Maximum rise of the loss on calibration text when a branch is removed, in nats per token. If
-    the loss rises more, the branch stays. The first token of a text skips no branch, so it may need
-    branches that all other tokens skip."""
+    """Maximum rise of the loss on calibration text, in nats per token, that the removal of one
+    branch may cause. If removing a branch raises the loss more than `rise` allows, the branch
+    stays. A branch that almost all tokens skip can still be needed for the first token of a text,
+    because the first token skips nothing."""
 
     single: Literal["zero", "keep"] = "zero"
-    """How to remove one branch of a layer if the other branch stays: set its output to zero and
-    never compute it (`zero`), or do not remove it (`keep`). With `keep`, only whole layers are
-    removed."""
+    """What happens if one branch of a layer can be removed and the other branch stays: the output
+    of the branch becomes zero and is never computed (`zero`), or the branch is not removed
+    (`keep`). With `single: keep`, only whole layers are removed."""
 
     def tolerates(self, rule: str) -> bool:
         """It may come after gates, because it uses their decisions."""

@@ -49,17 +49,19 @@ class PruneHeads(Pruning):
     """Number of query heads that are removed from each layer."""
 
     take: Literal["groups", "queries"] = "groups"
-    """Which heads are removed together: KV heads with all their query heads (`groups`), or the same
-    number of query heads from every KV head (`queries`). `groups` also makes the KV cache smaller.
-    """
+    """Which heads are removed together: KV heads with all their query heads (`groups`), or an equal
+    number of query heads from every KV head (`queries`). `take: groups` also makes the KV cache
+    smaller."""
 
     importance: Importance = "activation"
-    """How heads are ranked: by their contribution on calibration text (`activation`), by the
-    gradient of the loss on it (`taylor`), or by their weights alone (`magnitude`)."""
+    """How attention heads are ranked: by their contribution on calibration text (`activation`), by
+    the gradient of the loss on calibration text (`taylor`), or by the size of their weights alone
+    (`magnitude`)."""
 
     refit: bool = True
-    """Whether output projections are re-fitted by least squares, so that the remaining heads
-    replace the removed ones. The fit uses all calibration text."""
+    """Whether the output projection of each attention is re-fitted by least squares, so that the
+    remaining heads make up for the removed heads. The re-fit of the output projections uses all
+    calibration text."""
 
     def counts(self, shape: ModelShape) -> list[int]:
         """Every `count` that a plain config of this shape can state.

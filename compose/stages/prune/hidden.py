@@ -39,7 +39,8 @@ ROUNDINGS = (64, 32, 16, 8, 4, 2, 1)
 
 
 class PruneHidden(Pruning):
-    """Remove the least important channels of the residual stream from all weights that use it."""
+    """Remove the least important channels of the residual stream (hidden size) from all weights
+    that use them."""
 
     version: ClassVar[int] = 2
     example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
@@ -48,20 +49,21 @@ class PruneHidden(Pruning):
     """The stage's name."""
 
     ratio: float = Field(gt=0, lt=1)
-    """Share of the channels that is removed."""
+    """Share of the channels of the residual stream that is removed."""
 
     round_to: int = Field(default=64, ge=1)
-    """The remaining size is rounded down to a multiple of this number, and also of the number of
-    heads if the config requires it."""
+    """The remaining hidden size is rounded down to a multiple of `round_to`, and also to a multiple
+    of the number of attention heads if the config of the model requires this."""
 
     importance: Importance = "activation"
-    """How channels are ranked: by their contribution to all layers that read them, on calibration
-    text (`activation`), by the gradient of the loss on it (`taylor`), or by the weights alone
-    (`magnitude`)."""
+    """How channels of the residual stream are ranked: by their contribution to all layers that read
+    them, on calibration text (`activation`), by the gradient of the loss on calibration text
+    (`taylor`), or by the weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether layers that read the residual stream are re-fitted by least squares, so that the
-    remaining channels replace the removed ones. The fit uses all calibration text."""
+    remaining channels make up for the removed channels. The re-fit of these layers uses all
+    calibration text."""
 
     def kept_size(self, shape: ModelShape) -> int:
         """How many channels stay; 0 where no multiple fits.

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 class DropLayers(Pruning):
-    """Remove whole decoder layers: the named layers, or the `count` least important layers."""
+    """Remove whole decoder layers: the layers that are named, or the `count` least important
+    layers."""
 
     version: ClassVar[int] = 3
     example: ClassVar[Mapping[str, Any]] = {"count": 1}
@@ -38,19 +39,22 @@ class DropLayers(Pruning):
     """The stage's name."""
 
     count: int | None = Field(default=None, ge=1)
-    """Number of layers to remove; `metric` chooses the layers. Set either `count` or `layers`."""
+    """Number of decoder layers to remove; `metric` decides which layers. Set either `count` or
+    `layers`, not both."""
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Layers to remove, counted from 0. Set either `layers` or `count`."""
+    """Indices of the decoder layers to remove, counted from 0. Set either `layers` or `count`, not
+    both."""
 
     metric: Literal["block-influence", "perplexity-greedy"] = "block-influence"
-    """How layers are chosen: by 1 - cosine between a layer's input and output (`block-influence`),
-    or one after another, by the loss without the layer (`perplexity-greedy`). `perplexity-greedy`
-    takes one pass over the text for each remaining layer, after each removal."""
+    """How the layers to remove are chosen: those that change their input least, by 1 - cosine
+    between input and output (`block-influence`), or one after another, the layer whose removal
+    raises the loss least (`perplexity-greedy`). After each removal, `perplexity-greedy` takes one
+    pass over the calibration text for each remaining layer."""
 
     refit: bool = True
-    """Whether the MLP before a removed layer is re-fitted, so that it also adds the contribution of
-    the removed layer. The fit uses all calibration text."""
+    """Whether the MLP before a removed layer is re-fitted by least squares, so that it also adds
+    the contribution of the removed layer. The re-fit of the MLP uses all calibration text."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:

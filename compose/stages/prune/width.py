@@ -30,7 +30,7 @@ FIT = 4  # matrices of a fit's size that exist at once
 
 
 class PruneWidth(Pruning):
-    """Remove the least important neurons from every MLP; all MLPs keep the same width."""
+    """Remove the least important neurons from every MLP, the same number in each layer."""
 
     version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch_pruning",)
@@ -43,16 +43,17 @@ class PruneWidth(Pruning):
     """Share of the neurons of each MLP that is removed."""
 
     round_to: int = Field(default=64, ge=1)
-    """The remaining width is rounded down to a multiple of this."""
+    """The number of neurons that remain in each MLP is rounded down to a multiple of `round_to`."""
 
     importance: Importance = "activation"
     """How neurons are ranked: by their contribution on calibration text (`activation`), by the
-    gradient of the loss on it (`taylor`), or by their weights alone (`magnitude`)."""
+    gradient of the loss on calibration text (`taylor`), or by the size of their weights alone
+    (`magnitude`)."""
 
     refit: bool = True
-    """Whether down projections are re-fitted by least squares, so that the remaining neurons
-    replace the removed ones. The fit uses all calibration text. It works best with tens of tokens
-    for each neuron."""
+    """Whether the down projection of each MLP is re-fitted by least squares, so that the remaining
+    neurons make up for the removed neurons. The re-fit of the down projections uses all calibration
+    text. The re-fit works best if the calibration text has tens of tokens for each neuron."""
 
     def kept_width(self, width: int) -> int:
         """How many of `width` neurons stay: a multiple of `round_to`, as torch-pruning rounds.

@@ -24,11 +24,12 @@ ERROR_BLOCKS = 1  # calibration block on which the rounding is measured
 
 
 class AutoRound(Stage):
-    """Quantize the linear layers with the library auto-round, which learns how to round each
-    weight.
+    """Quantize the linear layers with the library auto-round, which learns whether to round each
+    weight up or down.
 
-    Signed gradient descent moves each weight up or down by at most one step of the grid, and moves
-    the range of each group. It minimizes the error in the output of each decoder layer.
+    Signed gradient descent moves each weight by at most one step of the quantization grid, and
+    adjusts the range of each group of weights. auto-round minimizes the error in the output of each
+    decoder layer.
     """
 
     role: ClassVar[Role] = "quantize"
@@ -43,20 +44,20 @@ class AutoRound(Stage):
     """Bits of one weight."""
 
     group_size: Literal[32, 64, 128] = 32
-    """Number of weights that share a scale. It must divide the number of inputs of every linear
-    layer."""
+    """Number of weights that share a scale. The group size must divide the number of inputs of
+    every linear layer."""
 
     sym: bool = False
     """Whether the quantization grid is symmetric around zero. A symmetric grid is less exact, but
-    uses the older GPTQ format, which more programs read, such as AutoGPTQ and ONNX Runtime's model
-    builder."""
+    is stored in the older GPTQ format, which more programs read, such as AutoGPTQ and ONNX
+    Runtime's model builder."""
 
     iters: int = Field(default=200, ge=1)
-    """Number of steps of signed gradient descent for each decoder layer. 1000 steps are more exact
-    and take five times as long as 200."""
+    """Number of steps of signed gradient descent for each decoder layer. With 1000 steps, rounding
+    is more exact and takes five times as long as with 200 steps."""
 
     batch: int = Field(default=8, ge=1)
-    """Number of calibration sequences in one step."""
+    """Number of calibration sequences in one step of gradient descent."""
 
     @model_validator(mode="after")
     def _has_a_grid(self) -> Self:

@@ -17,7 +17,7 @@ BLOCK_INPUTS = 64  # that share a scale in bitsandbytes' 4-bit formats
 
 
 class Bnb(Stage):
-    """Quantize the linear layers with bitsandbytes, without calibration text."""
+    """Quantize the linear layers with the library bitsandbytes, without calibration text."""
 
     role: ClassVar[Role] = "quantize"
     version: ClassVar[int] = 2
@@ -28,31 +28,33 @@ class Bnb(Stage):
     """The stage's name."""
 
     format: Literal["nf4", "fp4", "int8"]
-    """Weight format: 4-bit values for normally distributed weights (`nf4`), 4-bit floats (`fp4`),
-    or 8-bit integers with outlier columns in 16 bits (`int8`). `nf4` and `fp4` use blocks of 64
-    weights."""
+    """Format of the quantized weights: 4-bit values for normally distributed weights (`nf4`), 4-bit
+    floats (`fp4`), or 8-bit integers with outlier columns in 16 bits (`int8`). In the formats `nf4`
+    and `fp4`, 64 weights share a scale."""
 
     double_quant: bool = False
-    """Whether the scales of 4-bit blocks are also quantized, which saves 0.4 bits per weight."""
+    """Whether the scales of `nf4` and `fp4` weights are quantized, too, which saves 0.4 bits per
+    weight."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type in which 4-bit weights are multiplied. By default, the data type of the model."""
+    """Data type in which products with 4-bit weights are computed; by default, the data type of the
+    model."""
 
     threshold: float | None = Field(default=None, ge=0)
-    """With `int8`, activations with a larger absolute value than this threshold are outliers. By
-    default, 6."""
+    """Absolute value above which an activation counts as an outlier; applies only to `format:
+    int8`. Without `threshold`, activations above 6 count as outliers."""
 
     lm_head: bool = False
-    """Whether the LM head is also quantized. This is impossible if the LM head shares its weights
-    with the embedding."""
+    """Whether the LM head is quantized, too. An LM head that shares its weights with the embedding
+    cannot be quantized."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not quantized, by the end of their names: `down_proj`,
+    """Linear layers that are not quantized, named by the end of their names, such as `down_proj` or
     `0.mlp.up_proj`."""
 
     device_map: DeviceMap | None = None
-    """The `device_map` of `from_pretrained`, used while the layers are quantized. `auto` uses the
-    memory of GPUs first, then main memory."""
+    """The argument `device_map` of `from_pretrained`, used while the layers are quantized. With
+    `device_map: auto`, the model is placed in GPU memory first, then in main memory."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -39,8 +39,8 @@ ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
 class Gptq(Stage):
-    """Quantize the linear layers with GPTQ: the remaining weights of a layer compensate for each
-    rounding error."""
+    """Quantize the linear layers with GPTQ, which adjusts the remaining weights of a layer to
+    compensate for each rounding error."""
 
     role: ClassVar[Role] = "quantize"
     on_gpu: ClassVar[bool] = True
@@ -55,41 +55,42 @@ class Gptq(Stage):
     """Bits of one weight."""
 
     group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] = 32
-    """Number of weights that share a scale. It must divide the number of inputs of every linear
-    layer. With -1, all weights of a row share a scale."""
+    """Number of weights that share a scale. The group size must divide the number of inputs of
+    every linear layer. With `group_size: -1`, all weights of a row share a scale."""
 
     sym: bool = False
     """Whether the quantization grid is symmetric around zero. A symmetric grid is less exact, but
-    uses the older GPTQ format, which more programs read, such as AutoGPTQ and ONNX Runtime's model
-    builder."""
+    is stored in the older GPTQ format, which more programs read, such as AutoGPTQ and ONNX
+    Runtime's model builder."""
 
     act_order: bool = False
-    """Whether columns with large activations are quantized first, which is more exact but decodes
-    more slowly."""
+    """Whether weight columns with large activations are quantized first, which is more exact but
+    makes decoding slower."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
-    """Damping: this share of the mean diagonal of the Hessian is added to its diagonal."""
+    """Damping of GPTQ: the mean of the Hessian's diagonal, times `damp`, is added to the diagonal.
+    """
 
     foem: float | None = Field(default=None, gt=0, le=1)
     """The parameter beta of FOEM, a variant of GPTQ that also compensates for first-order errors.
-    The authors of FOEM use 0.1 to 0.25. By default, plain GPTQ is used."""
+    The authors of FOEM use a beta of 0.1 to 0.25. Without `foem`, the stage uses plain GPTQ."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not quantized, in every decoder layer, by the end of their names, such
-    as `down_proj` or `self_attn.v_proj`."""
+    """Linear layers that are not quantized, in every decoder layer, named by the end of their
+    names, such as `down_proj` or `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
-    """Linear layers with other bits, by the end of their names: `{down_proj: 8}`,
-    `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip can load such a folder, but
-    transformers without gptqmodel cannot."""
+    """Linear layers that get other numbers of bits, named by the end of their names, such as
+    `{down_proj: 8}` or `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip can load a
+    folder with mixed bits, but transformers without gptqmodel cannot."""
 
     lm_head: Bits | None = None
-    """Bits of the LM head. By default, the LM head is not quantized. Quantizing it is impossible if
-    it shares its weights with the embedding. transformers without gptqmodel cannot load a folder
-    with a quantized LM head."""
+    """Bits of the LM head. Without `lm_head`, the LM head is not quantized. An LM head that shares
+    its weights with the embedding cannot be quantized. transformers without gptqmodel cannot load a
+    folder with a quantized LM head."""
 
     batch: int = Field(default=1, ge=1)
-    """Number of calibration sequences in one batch."""
+    """Number of calibration sequences that are processed together."""
 
     @model_validator(mode="after")
     def _has_a_kernel(self) -> Self:

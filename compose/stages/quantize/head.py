@@ -9,11 +9,12 @@ from compose.stages.base import ModelShape, Role, Stage, StageJob
 
 
 class PackHead(Stage):
-    """Round the LM head to 8 bits, so that decoding reads half as many bytes of it.
+    """Round the LM head to 8 bits while the model is loaded, so that decoding reads half as many
+    bytes of the LM head.
 
-    The stored weights do not change, so other programs can still load the folder. gateskip rounds
-    the LM head while it loads the folder. In a small model the LM head is a large share of the
-    weights, so the gain in speed is often worth the loss of quality.
+    The stored weights do not change, so other programs can still load the model folder. The LM head
+    is a large share of the weights of a small model, so the gain in speed is often worth the loss
+    of quality.
     """
 
     role: ClassVar[Role] = "head"
@@ -22,7 +23,7 @@ class PackHead(Stage):
     """The stage's name."""
 
     format: Literal["int8"] = "int8"
-    """Format of the LM head: signed bytes with a scale for every 32 weights."""
+    """Format of the LM head: 8-bit integers with one scale for every 32 weights."""
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, `head-packed-twice`, and `whole-tiles`: a head has whole groups."""

@@ -58,29 +58,31 @@ NO_OFFSET = 6  # bits, from which on groups have a scale alone
 
 
 class Allocate(BaseModel):
-    """Size limit for choosing the bits of each layer: set either `size_mb` or `bits_per_weight`."""
+    """Size limit under which a number of bits is chosen for each layer. Set either `size_mb` or
+    `bits_per_weight`, not both."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     size_mb: float | None = Field(default=None, gt=0)
-    """Maximum size of all files of the folder together, in megabytes (10**6 bytes)."""
+    """Maximum size of all files of the model folder together, in megabytes (10**6 bytes)."""
 
     bits_per_weight: float | None = Field(default=None, gt=0)
-    """Maximum mean bits of the linear weights in decoder layers, including scales and minima."""
+    """Maximum mean number of bits per weight of the linear layers in decoder layers, including
+    scales and offsets."""
 
     among: tuple[Bits, ...] = (2, 3, 4, 8)
-    """The numbers of bits to choose from."""
+    """Numbers of bits per weight that a layer can get."""
 
     by: Literal["measured", "gradients"] = "measured"
-    """How the KL of each option is determined: measured with one pass for each option of each layer
-    (`measured`), or estimated from gradients on 2048 calibration tokens (`gradients`). `gradients`
-    takes about a tenth of the time and is less exact. The KL of the final choice is always
-    measured."""
+    """How the loss of quality (KL) of each number of bits is determined for each layer: measured
+    with one pass for each choice (`measured`), or estimated from gradients on 2048 calibration
+    tokens (`gradients`). `by: gradients` takes about a tenth of the time of `by: measured` and is
+    less exact. The KL of the final choice of bits is always measured."""
 
     blocks: int = Field(default=2, ge=1)
-    """Number of calibration blocks on which KL is measured."""
+    """Number of blocks of calibration text on which KL is measured."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -98,39 +100,40 @@ class Integers(Stage):
     """Bits of one weight."""
 
     group_size: Literal[32, 64, 128] = 32
-    """Number of weights that share a scale. It must divide the number of inputs of every linear
-    layer."""
+    """Number of weights that share a scale. The group size must divide the number of inputs of
+    every linear layer."""
 
     compensate: bool = True
-    """Whether the remaining weights of a layer are adjusted to compensate for rounding errors, with
-    calibration text. With `false`, each weight is rounded to the nearest value, which takes
-    seconds."""
+    """Whether the weights of a layer that are not yet rounded are adjusted to compensate for
+    rounding errors, with calibration text. With `compensate: false`, each weight is rounded to the
+    nearest value, which takes only seconds."""
 
     calibrate: bool = True
-    """Whether rounding is more exact for inputs that are large on calibration text. With `false`,
-    all inputs count the same and no text is read, which loses quality in 4 bits, but not in 8 bits.
-    `compensate` and `allocate` need `true`."""
+    """Whether weights are rounded more exactly where the inputs of a layer are large on calibration
+    text. With `calibrate: false`, all inputs count the same and no text is read; this loses quality
+    in 4 bits, but not in 8 bits. `compensate` and `allocate` need `calibrate: true`."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
-    """Damping: this share of the mean second moment of a layer's inputs is added to the diagonal of
-    their moment matrix."""
+    """Damping of the error compensation: the mean second moment of a layer's inputs, times `damp`,
+    is added to the diagonal of the matrix of second moments."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not quantized, in every decoder layer, by the end of their names, such
-    as `down_proj` or `self_attn.v_proj`."""
+    """Linear layers that are not quantized, in every decoder layer, named by the end of their
+    names, such as `down_proj` or `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
-    """Linear layers with other bits, by the end of their names: `{down_proj: 8}`,
-    `{layers.0.self_attn.v_proj: 8}`. 6-bit and 8-bit groups have no
-    minimum."""
+    """Linear layers that get other numbers of bits, named by the end of their names, such as
+    `{down_proj: 8}` or `{layers.0.self_attn.v_proj: 8}`. Groups of 6-bit and 8-bit weights have a
+    scale and no offset."""
 
     allocate: Allocate | None = None
-    """Choose bits for each layer, from `among`, under a size limit for the whole folder. More
-    bits go to the layers where they lower the KL most for each byte. `mixed` takes precedence."""
+    """Choose the number of bits for each layer under a size limit. The layers in which more bits
+    lower the KL most for each byte get more bits. Layers that `mixed` names keep the bits that
+    `mixed` sets."""
 
     embedding: Literal[4, 6, 8] | None = 8
-    """Bits of the embedding and of the LM head, in groups of 32 without a minimum. With null,
-    neither is quantized."""
+    """Bits per weight of the embedding and of the LM head, in groups of 32 weights that share a
+    scale. With `embedding: null`, neither the embedding nor the LM head is quantized."""
 
     @model_validator(mode="before")
     @classmethod
@@ -424,7 +427,7 @@ class Integers(Stage):
 
 
 class Int8(Integers):
-    """Round weights to 8-bit integers with a scale for each group, as GGUF's Q8_0 does."""
+    """Round weights to 8-bit integers with a scale for each group of weights, as in GGUF's Q8_0."""
 
     bits: ClassVar[Bits] = 8
 
@@ -433,8 +436,9 @@ class Int8(Integers):
 
 
 class Int6(Integers):
-    """Round to 6 bits without minima: between `int8` and `int4` in size and in loss. A GGUF file
-    holds the same codes in blocks of 8 bits."""
+    """Round weights to 6-bit integers with a scale for each group of weights. A model in `int6`
+    lies between `int8` and `int4` in size and in loss of quality. A GGUF file stores the 6-bit
+    integers in blocks of 8 bits."""
 
     bits: ClassVar[Bits] = 6
 
@@ -442,8 +446,8 @@ class Int6(Integers):
     """The stage's name."""
 
     embedding: Literal[4, 6, 8] | None = 6
-    """Bits of the embedding and of the LM head, in groups of 32 without a minimum; null packs
-    neither."""
+    """Bits per weight of the embedding and of the LM head, in groups of 32 weights that share a
+    scale. With `embedding: null`, neither the embedding nor the LM head is quantized."""
 
 
 class WithOffset(Integers):
@@ -453,16 +457,18 @@ class WithOffset(Integers):
     version: ClassVar[int] = 6
 
     offset: Literal["real", "integer"] = "real"
-    """The offset of each group: a minimum, as in GGUF's Q4_1 (`real`), or an integer zero point, as
-    in the GPTQ format (`integer`). With `integer`, the folder has the GPTQ format, which gptqmodel,
-    vLLM and transformers read. Value projections then get the bits of the other layers, and
-    embedding and LM head are not quantized."""
+    """Kind of offset that each group of weights has: a minimum, as in GGUF's Q4_1 (`real`), or an
+    integer zero point, as in the GPTQ format (`integer`). `offset: integer` writes a folder in the
+    GPTQ format, which gptqmodel, vLLM and transformers read. With `offset: integer`, all linear
+    layers get the same number of bits, and the embedding and the LM head are not quantized."""
 
     values: Bits | None = 8
-    """Bits of the value projections (`v_proj`), which are 3 % of SmolLM2's weights and cause a
-    quarter of the KL at 4 bits. With null, they get the bits of the other layers. With `allocate`,
-    their bits are chosen unless `values` is set. `mixed` and `skip` take precedence. The setting
-    has no effect on families that fuse queries, keys and values into one layer (phi3, gpt_neox)."""
+    """Bits per weight of the value projections (`v_proj`), which are 3 % of SmolLM2's weights and
+    cause a quarter of the KL at 4 bits. With `values: null`, the value projections get the same
+    number of bits as the other layers. If `allocate` is given and `values` is not, `allocate` also
+    chooses the bits of the value projections. For layers that `mixed` or `skip` names, `values` has
+    no effect. `values` has no effect in models that fuse queries, keys and values into one layer
+    (phi3, gpt_neox)."""
 
     @model_validator(mode="after")
     def _fits_its_format(self) -> Self:
@@ -502,7 +508,7 @@ class WithOffset(Integers):
 
 
 class Int4(WithOffset):
-    """Round weights to 4-bit integers with a scale and an offset for each group."""
+    """Round weights to 4-bit integers with a scale and an offset for each group of weights."""
 
     bits: ClassVar[Bits] = 4
 
@@ -511,7 +517,7 @@ class Int4(WithOffset):
 
 
 class Int3(WithOffset):
-    """Round weights to 3-bit integers with a scale and an offset for each group."""
+    """Round weights to 3-bit integers with a scale and an offset for each group of weights."""
 
     bits: ClassVar[Bits] = 3
 
@@ -520,7 +526,7 @@ class Int3(WithOffset):
 
 
 class Int2(WithOffset):
-    """Round weights to 2-bit integers with a scale and an offset for each group."""
+    """Round weights to 2-bit integers with a scale and an offset for each group of weights."""
 
     bits: ClassVar[Bits] = 2
 

@@ -22,12 +22,15 @@ def bench(
         typer.Option(
             "--system",
             metavar="SYSTEM",
-            help="Way of decoding: plain (the default), skip:BUDGET or draft:BUDGET. draft can"
-            " have the suffixes +auto, +int4, +int3, +int2, +nf4, +int4-head, +learned, +lookup,"
-            " +LENGTH and +verifyBUDGET. skip and draft can have +promptBUDGET, a budget for"
-            " prefill. Every system can end with +int8-kv (KV cache in 8 bits), and begin with a"
-            " backend, as in gathered:plain. The first folder with the first system is the"
-            " baseline.",
+            help="Way of decoding: plain (the default), skip:BUDGET or draft:BUDGET (speculative"
+            " decoding). BUDGET is the share of the attention and MLP compute that is not"
+            " skipped. draft:BUDGET can have the suffixes +auto, +int4, +int3, +int2, +nf4,"
+            " +int4-head, +learned, +lookup, +LENGTH and +verifyBUDGET. skip:BUDGET and"
+            " draft:BUDGET can have the suffix +promptBUDGET, the budget for prefill. Every"
+            " way of decoding can have the suffix +int8-kv (KV cache in 8 bits) and a backend"
+            " as prefix, as in gathered:plain. docs/reference/cli.md explains all suffixes."
+            " All results are compared with those of the first folder and the first way of"
+            " decoding.",
         ),
     ] = None,
     against: Annotated[
@@ -43,7 +46,7 @@ def bench(
         typer.Option(
             metavar="ROWS",
             min=1,
-            help="Batch size: number of texts decoded together; 1 by default.",
+            help="Batch size: number of texts that are decoded together; 1 by default.",
         ),
     ] = None,
     prompt_tokens: Annotated[
@@ -51,15 +54,16 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Length of the prompt in tokens; 128 by default. All lengths after the first are"
-            " measured with a batch size of 1.",
+            help="Length of the prompt in tokens; 128 by default. If several prompt lengths are"
+            " given, all after the first are measured with a batch size of 1.",
         ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="PROMPTS",
-            help="Decode these prompts, which have categories: an alias or a JSON Lines file.",
+            help="Prompts to answer: an alias, or a JSON Lines file that gives each prompt a"
+            " category.",
         ),
     ] = None,
     limit: Annotated[
@@ -67,7 +71,7 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Number of prompts per category and round; each round uses other prompts.",
+            help="Number of prompts of each category in one round; each round uses other prompts.",
         ),
     ] = None,
     new_tokens: Annotated[
@@ -79,7 +83,8 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Number of rounds; each round measures all systems in turn.",
+            help="Number of rounds; in each round, all models and ways of decoding are measured"
+            " one after another.",
         ),
     ] = 5,
     min_seconds: Annotated[
@@ -87,7 +92,8 @@ def bench(
         typer.Option(
             metavar="SECONDS",
             min=0,
-            help="Minimum decoding time per system and round, in seconds.",
+            help="Minimum decoding time of each model and way of decoding in one round, in"
+            " seconds.",
         ),
     ] = 2.0,
     temperature: Annotated[
@@ -130,8 +136,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Text for perplexity and KL. If several texts are given, the first available text"
-            " is used.",
+            help="Text on which perplexity and KL are measured. If several texts are given, the"
+            " first available text is used.",
             rich_help_panel=QUALITY,
         ),
     ] = None,
@@ -140,7 +146,7 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=2,
-            help="Number of tokens for perplexity and KL.",
+            help="Number of tokens on which perplexity and KL are measured.",
             rich_help_panel=QUALITY,
         ),
     ] = 8192,
@@ -148,7 +154,7 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="TASK",
-            help="A task to score; can be given several times.",
+            help="An lm-eval task to score; the option can be given several times.",
             rich_help_panel=QUALITY,
         ),
     ] = None,
@@ -157,7 +163,7 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Maximum number of questions per task.",
+            help="Maximum number of questions that are asked in each task.",
             rich_help_panel=QUALITY,
         ),
     ] = 500,
@@ -170,7 +176,8 @@ def bench(
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
-    """Measure and compare models, ways of decoding and other engines."""
+    """Measure the speed of models, ways of decoding and other engines, and compare the results.
+    With --quality, the command also measures quality."""
     from compose.assets import default_cache
     from compose.planning.bench_plan import bench_plan, default_name
     from compose.processes.executors import make_executor

@@ -20,14 +20,14 @@ from compose.terminal.table import rich_table
 
 cache = typer.Typer(
     cls=Group,
-    help="List, check and remove model folders that runs have stored.",
+    help="List, check and remove the models that runs have stored.",
     no_args_is_help=True,
 )
 
 
 @cache.command("list", cls=Command)
 def list_entries(out: Out = Path("runs"), as_json: AsJson = False) -> None:
-    """List the stored model folders with their stages, size and the runs that use them."""
+    """List the stored models with their stages, their size and the runs that use them."""
     entries = stored.entries(out)
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
@@ -48,10 +48,14 @@ def list_entries(out: Out = Path("runs"), as_json: AsJson = False) -> None:
 def prune(
     out: Out = Path("runs"),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the folders that would be removed.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only list the model folders that would be removed, and remove nothing.",
+        ),
     ] = False,
 ) -> None:
-    """Remove stored model folders that no run uses, and unfinished model folders."""
+    """Remove stored models that no run uses, and models that a run did not finish."""
     freed = 0
     for entry in stored.prunable(out):
         if not dry_run and not stored.remove(out, entry):
@@ -65,7 +69,7 @@ def prune(
 
 @cache.command(cls=Command)
 def verify(out: Out = Path("runs")) -> None:
-    """Compare every stored file with its hash; the exit code is 1 if a file is damaged."""
+    """Compare every stored file with its recorded hash; the exit code is 1 if a file is damaged."""
     console, worst = Console(), 0
     for entry, damage in stored.damaged(out):
         if damage is not None:

@@ -13,13 +13,18 @@ from compose.terminal.commands.pipelines import settings_of_run
 
 def compress(
     model: Annotated[
-        str, typer.Argument(help="An alias, a hub id, a folder or a GGUF file.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="The model to compress: an alias, a hub id, a folder or a GGUF file.",
+            metavar="MODEL",
+        ),
     ],
     to: Annotated[Path, typer.Option(help="The folder for the compressed model.", metavar="DIR")],
     bits: Annotated[
         int | None,
         typer.Option(
-            metavar="BITS", help="Bits per weight: 8, 4 or 3. By default, 8 and 4 are tried."
+            metavar="BITS",
+            help="Bits per weight: 8, 4 or 3. By default, 8 bits and 4 bits are tried.",
         ),
     ] = None,
     at_most_mb: AtMostMb = None,
@@ -28,17 +33,24 @@ def compress(
         bool,
         typer.Option(
             "--quick",
-            help="Round the weights without calibration text: takes minutes, loses more quality.",
+            help="Round the weights without calibration text, which takes minutes and loses more"
+            " quality.",
         ),
     ] = False,
     best: Annotated[
         bool,
         typer.Option(
-            "--best", help="Train the rounded weights: takes up to hours, loses less quality."
+            "--best",
+            help="Train the weights after rounding, which takes up to hours and loses"
+            " less quality.",
         ),
     ] = False,
     drafts: Annotated[
-        bool, typer.Option(help="Also try decoding with drafts, which do not change the output.")
+        bool,
+        typer.Option(
+            help="Also try decoding with drafts (speculative decoding), which does"
+            " not change the output."
+        ),
     ] = True,
     gguf: Annotated[
         bool, typer.Option("--gguf", help="Also write the file DIR.gguf for llama.cpp.")
@@ -53,10 +65,11 @@ def compress(
     workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make a model smaller and faster, and show the cost in quality.
+    """Make a model smaller and faster, and show how much quality it loses.
 
-    By default, the result is the fastest variant that is shown to keep its quality: perplexity at
-    most 5 % higher, and no measured loss in answers.
+    Without --bits and --at-most options, the result is the fastest variant that is shown to keep
+    its quality: its perplexity is at most 5 % higher than the original model's, and its answers to
+    test questions show no loss.
     """
     from compose.recipes.compress import source_of
     from compose.recipes.recipe import Request, effort_of

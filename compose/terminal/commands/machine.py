@@ -19,14 +19,20 @@ def _stage_names() -> list[str]:
 def stages(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="STAGE", help="The stage to explain.", autocompletion=_stage_names),
+        typer.Argument(
+            metavar="STAGE",
+            help="The name of the stage to explain, such as int4.",
+            autocompletion=_stage_names,
+        ),
     ] = None,
     rules: Annotated[
         bool,
-        typer.Option("--rules", help="List the stages that may follow each stage, in a table."),
+        typer.Option(
+            "--rules", help="Print a table that shows which stages may follow which other stages."
+        ),
     ] = False,
 ) -> None:
-    """List the stages of pipeline files, or explain the settings of one stage."""
+    """List all stages that a pipeline file can use, or explain the settings of one stage."""
     from compose.planning.composition import as_markdown
     from compose.terminal.stages import stage_list, stage_text
 
@@ -37,14 +43,15 @@ def stages(
 
 
 def schema() -> None:
-    """Print a JSON Schema, with which an editor can check pipeline files."""
+    """Print the JSON Schema of pipeline files, with which editors can check such files."""
     from compose.language.parse import to_json_schema
 
     typer.echo(json.dumps(to_json_schema(), indent=2))
 
 
 def doctor() -> None:
-    """List the tools and libraries that this machine has or lacks, and how to install them."""
+    """List the tools and libraries that this machine has or lacks, and say how to install missing
+    ones."""
     from compose.terminal.doctor import examine
     from compose.terminal.show import print_findings
 

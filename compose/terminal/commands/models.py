@@ -66,7 +66,7 @@ def generate(
         typer.Option(metavar="TEXT", help="End the answer when the model writes this text."),
     ] = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Also print the speed and the token counts.")
+        bool, typer.Option("--stats", help="Also print the decode speed and the numbers of tokens.")
     ] = False,
     keep_blocks: BlocksOrNot = None,
 ) -> None:
@@ -114,7 +114,7 @@ def insight(
     text: Annotated[
         str,
         typer.Option(
-            metavar="TEXT", help="The text to analyse; @FILE reads this text from a file."
+            metavar="TEXT", help="The text to colour, or @FILE to read the text from a file."
         ),
     ],
     budget: Annotated[
@@ -132,7 +132,7 @@ def insight(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Colour each token of a text by the share of branches that is computed for the token."""
+    """Colour each token of a text by the share of attention and MLP compute that the token gets."""
     from compose.contract import InsightJob
     from compose.processes.worker_process import ask_once
     from compose.store import require_writable, write_text
@@ -158,11 +158,14 @@ def tune_draft(
         str,
         typer.Option(
             metavar="PROMPTS",
-            help="Prompts for measuring the speed of drafts: an alias or a JSON Lines file.",
+            help="Prompts on which the speed of drafts is measured: an alias or a JSON Lines file.",
         ),
     ] = "prompts",
     limit: Annotated[
-        int | None, typer.Option(metavar="COUNT", min=1, help="Number of prompts per category.")
+        int | None,
+        typer.Option(
+            metavar="COUNT", min=1, help="Number of prompts that are used from each category."
+        ),
     ] = 1,
     new_tokens: Annotated[
         int,
@@ -173,19 +176,21 @@ def tune_draft(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Number of rounds in which the fastest drafts are compared.",
+            help="Number of rounds in which the fastest kinds of drafts are compared.",
         ),
     ] = 5,
     write: Annotated[
         bool,
         typer.Option(
-            help="Make the fastest draft the default of the model folder; on by default.",
+            help="Store the fastest kind of draft in the model folder as its default; on by"
+            " default.",
             show_default=False,
         ),
     ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Find the fastest draft for a model folder, and make it the default of this folder."""
+    """Measure which kind of draft makes speculative decoding of a model fastest, and store it in
+    the model folder as the default."""
     from compose.contract import TuneJob
     from compose.terminal.live.progress import ask_shown
     from compose.terminal.show import print_tuned

@@ -30,12 +30,17 @@ def no_model_name(ctx: typer.Context, folder: Path) -> Path:
 
 
 PipelineFile = Annotated[
-    Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE", callback=no_model)
+    Path,
+    typer.Argument(
+        help="The pipeline file (YAML), which lists the variants to make and measure.",
+        metavar="FILE",
+        callback=no_model,
+    ),
 ]
 RunDir = Annotated[
     Path,
     typer.Argument(
-        help="The folder of a run: runs/NAME.", metavar="RUN_DIR", callback=no_model_name
+        help="The folder of a run, such as runs/NAME.", metavar="RUN_DIR", callback=no_model_name
     ),
 ]
 ModelFolder = Annotated[
@@ -43,13 +48,16 @@ ModelFolder = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(metavar="FOLDER", help="The folder for results and for stored model folders."),
+    typer.Option(
+        metavar="FOLDER", help="The folder in which results and the models of all steps are stored."
+    ),
 ]
 ExecutorName = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Where stages and measurements run: local or ray (a Ray cluster).",
+        help="Where stages and measurements run: on this machine (local) or on a Ray cluster"
+        " (ray).",
         autocompletion=words("local", "ray"),
     ),
 ]
@@ -58,7 +66,8 @@ Workers = Annotated[
     typer.Option(
         metavar="COUNT",
         min=1,
-        help="Maximum number of parallel processes. With the value 1, each process uses all cores.",
+        help="Maximum number of processes that run at the same time. With --workers 1, each"
+        " process uses all cores.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only failures and the result.")]
@@ -66,24 +75,21 @@ AsEvents = Annotated[
     bool,
     typer.Option(
         "--json-lines",
-        help="Print progress events as JSON, one event per line (docs/progress.md); other text"
-        " goes to"
-        " stderr.",
+        help="Print progress events as JSON, one event per line (docs/progress.md), and all other"
+        " text to stderr.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 KeepBlocks = Annotated[
     bool,
-    typer.Option(
-        "--keep-blocks", help="Keep the quantized blocks of a GGUF file as integer weights."
-    ),
+    typer.Option("--keep-blocks", help="Keep the quantized weights of a GGUF file as integers."),
 ]
 BlocksOrNot = Annotated[
     bool | None,
     typer.Option(
         "--keep-blocks/--dequantize",
-        help="Keep the quantized blocks of a GGUF file as integer weights (the default), or"
-        " dequantize them to bfloat16.",
+        help="Keep the quantized weights of a GGUF file as integers (the default), or dequantize"
+        " them to bfloat16.",
         show_default=False,
     ),
 ]
@@ -93,25 +99,29 @@ BlocksOrNot = Annotated[
 AtMostKl = Annotated[
     float | None,
     typer.Option(
-        metavar="NATS", help="Maximum KL divergence from the baseline, in nats per token."
+        metavar="NATS",
+        help="Maximum KL divergence from the predictions of the baseline (the"
+        " original model by default), in nats per token.",
     ),
 ]
 AtMostPerplexityRatio = Annotated[
     float | None,
     typer.Option(
         metavar="RATIO",
-        help="Maximum ratio of a variant's perplexity to the baseline's perplexity.",
+        help="Maximum perplexity of a variant, divided by the perplexity of the baseline (the"
+        " original model by default).",
     ),
 ]
 AtMostMb = Annotated[
     float | None,
-    typer.Option(metavar="MB", help="Maximum size of the weight files, in megabytes."),
+    typer.Option(metavar="MB", help="Maximum size of the weight files on disk, in megabytes."),
 ]
 MinRetained = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="Minimum ratio of a variant's task score to the baseline's score, from 0 to 1.",
+        help="Minimum task score of a variant, divided by the task score of the baseline (the"
+        " original model by default), from 0 to 1.",
     ),
 ]
 
@@ -126,21 +136,22 @@ Budget = Annotated[
         metavar="SHARE",
         min=0.0,
         max=1.0,
-        help="Share of the attention and MLP compute that is not skipped; needs a folder with"
-        " gates.",
+        help="Share of the attention and MLP compute that is not skipped; works only if the model"
+        " has gates.",
     ),
 ]
 Speculate = Annotated[
     bool | None,
     typer.Option(
-        help="Decode with or without drafts. By default, the setting in the model folder applies."
+        help="Decode with or without drafts (speculative decoding); by default, as the model"
+        " folder says."
     ),
 ]
 DraftModel = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="A second model, which drafts: a folder or a GGUF file with the same tokenizer.",
+        help="A second model that drafts tokens: a folder or a GGUF file with the same tokenizer.",
     ),
 ]
 Temperature = Annotated[

@@ -30,7 +30,9 @@ class PickOptions:
     at_most_mb: AtMostMb = None
     at_most_memory_mb: Annotated[
         float | None,
-        typer.Option(metavar="MB", help="Maximum memory of the loaded weights, in megabytes."),
+        typer.Option(
+            metavar="MB", help="Maximum memory that the loaded weights take, in megabytes."
+        ),
     ] = None
     at_most_perplexity_ratio: AtMostPerplexityRatio = None
     min_retained: MinRetained = None
@@ -38,9 +40,10 @@ class PickOptions:
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to maximize: decode (decode speed; the default), prefill (prefill speed),"
-            " retained (task score / baseline's score), accuracy, agreement (share of equal greedy"
-            " predictions) or saved (share of compute saved).",
+            help="Metric to maximize: decode (decode speed; the default), prefill (prefill"
+            " speed), retained (task score / baseline's score), accuracy (mean task score),"
+            " agreement (share of tokens for which the most likely token equals the"
+            " baseline's) or saved (share of compute saved).",
             autocompletion=words("decode", "prefill", "retained", "accuracy", "agreement", "saved"),
         ),
     ] = None
@@ -48,8 +51,9 @@ class PickOptions:
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to minimize: size (on disk), kl, perplexity, resident (memory of the"
-            " weights), peak (memory) or ttft (time to first token).",
+            help="Metric to minimize: size (on disk), kl (KL divergence from the baseline),"
+            " perplexity, resident (memory of the weights), peak (peak memory) or ttft (time"
+            " to first token).",
             autocompletion=words("size", "kl", "perplexity", "resident", "peak", "ttft"),
         ),
     ] = None
@@ -57,15 +61,15 @@ class PickOptions:
         bool,
         typer.Option(
             "--by-estimate",
-            help="Apply bounds on quality to the estimates, not to the worse ends of the 95 %"
-            " intervals.",
+            help="Compare the estimate of each quality metric with its bound; by default, the"
+            " worse end of its 95 % interval must meet the bound.",
         ),
     ] = False
     require_lossless: Annotated[
         bool,
         typer.Option(
-            help="Leave out variants with drafts that did not pass the lossless check; on by"
-            " default.",
+            help="Leave out variants with drafts unless a check has shown that their drafts do"
+            " not change the output; on by default.",
             show_default=False,
         ),
     ] = True

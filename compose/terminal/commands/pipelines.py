@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 def new(
     file: Annotated[Path, typer.Argument(help="The pipeline file to write.", metavar="FILE")],
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="An alias, a hub id, a folder or a GGUF file.")
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="The model to compress: an alias, a hub id, a folder or a GGUF file.",
+        ),
     ],
 ) -> None:
     """Write a pipeline file for a model, with an explanation of each line."""
@@ -69,7 +73,8 @@ def plan(
         ),
     ] = False,
 ) -> None:
-    """Show the model folders (steps) and variants (cells) that a run of a file would make."""
+    """List the models that a run of a pipeline file would make (steps), and the variants that it
+    would measure (cells)."""
     from compose.assets import default_cache
     from compose.outputs.run_folder import RunFolder
     from compose.planning.prepare import load_plan, model_shape
@@ -105,18 +110,22 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="CELL",
-            help="Measure only this variant, and the variants that it is compared with.",
+            help="Measure only the variant of this name, and the variants that it is compared"
+            " with.",
         ),
     ] = None,
     again: Annotated[
-        bool, typer.Option("--again", help="Measure all variants again; model folders are reused.")
+        bool,
+        typer.Option(
+            "--again", help="Measure all variants again, without making their models again."
+        ),
     ] = False,
     retry_failed: Annotated[
         bool,
         typer.Option(
             "--retry-failed",
-            help="Retry steps and variants that crashed, hung or exceeded a limit in an earlier"
-            " run.",
+            help="Retry stages and measurements that crashed, hung or exceeded a limit in an"
+            " earlier run.",
         ),
     ] = False,
     workers: Workers = None,
@@ -129,11 +138,13 @@ def run(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Download finished model folders from this URL, and upload new ones.",
+            help="Download models from this URL that another run has already made, and upload new"
+            " models to it.",
         ),
     ] = None,
 ) -> None:
-    """Make and measure all variants (cells: combinations of stages) of a pipeline file."""
+    """Make and measure all variants of a pipeline file; a variant (cell) is one combination of
+    stages."""
     from compose.assets import default_cache
     from compose.mirror import Mirror
     from compose.planning.prepare import load_plan
@@ -169,7 +180,8 @@ def search(
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Metric to minimize: size (on disk), kl or perplexity.",
+            help="Metric to minimize: size (on disk), kl (KL divergence from the baseline) or"
+            " perplexity.",
             autocompletion=words("size", "kl", "perplexity"),
         ),
     ] = None,
@@ -178,7 +190,7 @@ def search(
         typer.Option(
             metavar="MINUTES",
             min=0,
-            help="Stop proposing new chains of stages after this time, in minutes.",
+            help="Time after which the search proposes no further chains of stages, in minutes.",
         ),
     ] = None,
     out: Out = Path("runs"),

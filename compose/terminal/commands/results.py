@@ -20,8 +20,8 @@ GgufType = Annotated[
     typer.Option(
         "--type",
         metavar="TYPE",
-        help="GGUF type for weights that no stage rounded: f32, f16 (the default), bf16, q8_0,"
-        " q4_1 or q4_0. Quantized weights are copied unchanged.",
+        help="GGUF type of weights that are not quantized yet: f32, f16 (the default), bf16,"
+        " q8_0, q4_1 or q4_0. Weights that are already quantized are copied unchanged.",
         autocompletion=words("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0"),
     ),
 ]
@@ -32,14 +32,16 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN_DIR",
-            help="The folder of a run. If several are given, all others are compared with the"
-            " first.",
+            help="The folder of a run. If several folders are given, all other runs are compared"
+            " with the first run.",
         ),
     ],
     fail_on_regression: Annotated[
         bool,
         typer.Option(
-            "--fail-on-regression", help="Exit with code 1 if a number got significantly worse."
+            "--fail-on-regression",
+            help="Exit with code 1 if a result of a later run is"
+            " significantly worse than in the first run.",
         ),
     ] = False,
 ) -> None:
@@ -54,7 +56,7 @@ def report(
 
 @with_pick_options
 def pick(run_dir: RunDir, *, options: PickOptions, as_json: AsJson = False) -> None:
-    """Show the best variant (cell) of a run within bounds."""
+    """Show the best variant of a run that meets all bounds, such as a maximum size."""
     from compose.terminal.show import cell_json, cell_text
 
     results = _results_of(run_dir)
@@ -78,7 +80,7 @@ def export(
     to: Annotated[
         Path,
         typer.Option(
-            metavar="PATH", help="The folder to write; with --format gguf, the file to write."
+            metavar="PATH", help="The folder to write, or the file to write with --format gguf."
         ),
     ],
     *,
@@ -96,7 +98,7 @@ def export(
         str | None,
         typer.Option(
             metavar="CELL",
-            help="The variant to export; by default, the best variant within the bounds.",
+            help="The variant to export; by default, the best variant that meets the bounds.",
         ),
     ] = None,
     options: PickOptions,
@@ -104,12 +106,12 @@ def export(
         bool,
         typer.Option(
             "--verify",
-            help="Check the written hf folder: decode 32 tokens, and compare them with the tokens"
-            " of the source.",
+            help="Check the exported folder: decode 32 tokens, and compare them with the tokens"
+            " of the source model; works only with --format hf.",
         ),
     ] = False,
 ) -> None:
-    """Export a run's variant or a model folder to the format of transformers, llama.cpp or vLLM."""
+    """Export a variant of a run, or a model folder, for transformers, llama.cpp or vLLM."""
     from compose.terminal.export import (
         convert,
         export_cell_as,

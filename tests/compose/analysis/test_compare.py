@@ -181,7 +181,7 @@ def test_accuracy(
     assert change.outcome == outcome
     assert why is None or why in (change.why or "")
     other = {"quality": {"tasks": {"other": after}}}
-    assert two(rows[0], other)["accuracy"].why == "other tasks were asked"
+    assert two(rows[0], other)["accuracy"].why == "the runs asked different tasks"
 
 
 def test_accuracy_has_an_interval_in_points() -> None:
@@ -248,8 +248,8 @@ def test_what_cannot_be_compared_says_why() -> None:
     assert "drift" in (speeds[0].why or ""), "the baseline itself"
     longer = made_up_run(draw, environment=here, benchmark={"speed": {"new_tokens": 9}})
     speeds = [change for change in compare(first, longer) if change.metric == "decode"]
-    assert "another workload" in (speeds[1].why or "")
+    assert "different workloads" in (speeds[1].why or "")
     less = Results(run="test", environment=here, cells=first.cells[:-1])
     (alone,) = [change for change in compare(less, first) if change.cell == "cell13"]
-    assert alone.why == "only in the second run"
-    assert compare(first, less)[-1].why == "only in the first run"
+    assert alone.why == "the variant is only in the second run"
+    assert compare(first, less)[-1].why == "the variant is only in the first run"

@@ -239,17 +239,17 @@ class TestConstraints:
     @pytest.mark.parametrize(
         ("more", "missing", "words"),
         [
-            ({}, 0.0, "no speculation"),
+            ({}, 0.0, "no drafts"),
             ({"lossless_check": {"lossless": True}}, 0.0, "lossless"),
             ({"lossless_check": {"lossless": False}}, 1.0, "not lossless"),
-            ({"lossless_check": {}}, 10.0, "losslessness not measured"),
-            ({"speculation": {}}, 10.0, "losslessness not measured"),
+            ({"lossless_check": {}}, 10.0, "lossless check not made"),
+            ({"speculation": {}}, 10.0, "lossless check not made"),
         ],
     )
     def test_lossless(self, more: dict[str, Any], missing: float, words: str) -> None:
         cell = run_of({"name": "x"} | more).cells[0]
         assert (Lossless().shortfall(cell), Lossless().seen(cell)) == (missing, words)
-        assert Lossless().required() == "lossless speculation"
+        assert Lossless().required() == "lossless drafts"
 
 
 def fast(decode: float, size: int, **more: Any) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class TestPick:
             pick(results, max_bytes=200, max_resident=500)
         message = str(caught.value)
         assert message.startswith(
-            "no cell meets disk <= 200 B and memory <= 500 B (3 were measured); "
+            "no variant meets disk <= 200 B and memory <= 500 B (3 were measured); "
             "the nearest is 'small': disk 300 B, memory 600 B, not lossless"
         ), message
         assert (
@@ -277,8 +277,8 @@ class TestPick:
         with pytest.raises(UserError) as caught:
             pick(results, max_bytes=300)
         assert str(caught.value).startswith(
-            "no cell meets every constraint; alone, of 3 cells: disk <= 300 B by 2, "
-            "lossless speculation by 1; the nearest is 'dense': disk 500 B"
+            "no variant meets all bounds together: 2 of 3 meet disk <= 300 B, "
+            "1 of 3 meet lossless drafts; the nearest is 'dense': disk 500 B"
         ), str(caught.value)
 
     def test_bounds_of_the_baseline_are_one(self) -> None:
@@ -294,17 +294,17 @@ class TestPick:
         few = {"a": {"metric": "acc", "value": 0.5, "n": 199}}
         for base, cell, words in (
             (text(20.0), {}, "not measured"),
-            (text(20.0), text(21.0), "unknown: without an interval"),
+            (text(20.0), text(21.0), "unknown: no 95 % interval"),
             (
                 text(20.0),
                 text(21.0, (1.0, 1.1)) | {"lossless_check": {"lossless": False}},
-                "unknown: not the tokens of its plain cell",
+                "unknown: drafts change its output",
             ),
             ({"quality": {"tasks": few}}, {"quality": {"tasks": few}}, "unknown: 199 questions"),
             (
                 {"quality": {"tasks": {"a": few["a"] | {"n": 200}}}},
                 {"quality": {"tasks": {"a": few["a"] | {"n": 200}}}},
-                "unknown: without an interval",
+                "unknown: no 95 % interval",
             ),
         ):
             results = run_of(
@@ -435,7 +435,7 @@ class TestBoundsInWords:
             ),
         ):
             message = self.bound(**limits)
-            assert message.startswith(f"no cell meets {wanted} (3 were measured)"), message
+            assert message.startswith(f"no variant meets {wanted} (3 were measured)"), message
             assert message.endswith(f"fix: loosen {option}"), message
 
     def test_the_nearest_where_there_is_no_evidence(self) -> None:
@@ -448,7 +448,7 @@ class TestBoundsInWords:
         with pytest.raises(UserError) as caught:
             pick(results, min_retained=0.9)
         assert str(caught.value) == (
-            "no evidence for retained (at least) >= 0.900: unknown: without an interval; "
+            "no evidence for retained (at least) >= 0.900: unknown: no 95 % interval; "
             "the nearest by estimate is 'near': retained 0.952\n"
             "  fix: ask more questions (benchmark.quality.limit), or pass --by-estimate"
         )
@@ -458,8 +458,8 @@ class TestBoundsInWords:
         with pytest.raises(UserError) as caught:
             pick(results, maximize="ttft")
         assert str(caught.value) == (
-            "no cell of run 'test' has seconds to the first token measured\n  fix: aim for what "
-            "the run measured, or measure it with the pipeline's `benchmark`"
+            "no variant of run 'test' has a measurement of seconds to the first token\n  fix: "
+            "choose a metric that the run measured, or measure this one (`benchmark`)"
         )
         with pytest.raises(UserError, match=r"^cannot maximize 'tfft'\n.*did you mean 'ttft'"):
             pick(results, maximize="tfft")

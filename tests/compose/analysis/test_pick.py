@@ -84,7 +84,7 @@ def test_a_constraint_that_nothing_meets_is_named(results: Results) -> None:
     with pytest.raises(UserError) as caught:
         pick(results, max_bytes=50e6, min_retained=0.5)
     text = str(caught.value)
-    assert "no cell meets disk <= 50.0 MB (6 were measured)" in text
+    assert "no variant meets disk <= 50.0 MB (6 were measured)" in text
     assert "the nearest is 'nf4': disk 110.0 MB" in text
     assert "loosen --at-most-mb" in text
     assert caught.value.exit_code == 2
@@ -94,8 +94,8 @@ def test_constraints_that_only_clash_are_counted(results: Results) -> None:
     with pytest.raises(UserError) as caught:
         pick(results, max_bytes=200e6, min_retained=0.99)
     text = str(caught.value)
-    assert "alone, of 6 cells: retained (at least) >= 0.990 by 2, disk <= 200.0 MB by 3" in text
-    assert "lossless speculation by 4" in text
+    assert "2 of 6 meet retained (at least) >= 0.990, 3 of 6 meet disk <= 200.0 MB" in text
+    assert "4 of 6 meet lossless drafts" in text
     assert "the nearest is 'nf4': retained (at least) 0.962" in text
 
 
@@ -155,7 +155,7 @@ def test_too_few_questions_are_no_evidence() -> None:
     with pytest.raises(UserError) as caught:
         pick(results, min_retained=0.95)
     text = str(caught.value)
-    assert "26 questions are too few: 200 are needed" in text
+    assert "26 questions are too few to judge quality: at least 200 are needed" in text
     assert "the nearest by estimate is 'fast': retained 1.000" in text
     assert "--by-estimate" in text
     assert pick(results, min_retained=0.95, by_estimate=True).name == "fast"
@@ -192,7 +192,9 @@ def test_the_upper_end_of_the_kl_decides() -> None:
     assert pick(results, max_kl=0.05, max_bytes=200e6, maximize="kl").name == "nf4"
     estimated = pick(results, max_kl=0.05, maximize="kl", by_estimate=True)
     assert estimated.name == "int4"
-    with pytest.raises(UserError, match=r"no cell meets KL \(at most\) <= 0.030.*nearest is 'nf4'"):
+    with pytest.raises(
+        UserError, match=r"no variant meets KL \(at most\) <= 0.030.*nearest is 'nf4'"
+    ):
         pick(results, max_kl=0.03, maximize="kl")
 
 
@@ -224,7 +226,9 @@ def test_other_engines_are_not_picked() -> None:
 def test_unknown_and_unmeasured_aims(results: Results) -> None:
     with pytest.raises(UserError, match="did you mean 'decode'"):
         pick(results, maximize="decod")
-    with pytest.raises(UserError, match="no cell of run 'test' has prefill tokens/s measured"):
+    with pytest.raises(
+        UserError, match="no variant of run 'test' has a measurement of prefill tokens/s"
+    ):
         pick(results, maximize="prefill")
 
 

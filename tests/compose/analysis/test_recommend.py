@@ -44,51 +44,62 @@ def said(results: Results, name: str = "cell") -> str:
 
 DENSE = {"quality": {"tasks": {"sums": task(100, 200)}}}
 FASTER = {"decode_ratio": ratio(4.2, 4.6)}
+FOUR_TIMES = "It decodes 4.4x as fast as the original model."
+IDENTICAL = " Its predictions are identical to those of the original model."
 
 
 @pytest.mark.parametrize(
     ("right", "words"),
     [
-        (100, "on 200 questions no loss was found, a loss of up to 3 % of the score cannot"),
-        (96, "on 200 questions it lost 4 % of the score, which can be chance (a loss of up to"),
-        (60, "on 200 questions it lost 40 % of the score (3"),
+        (100, "On 200 questions no loss was found, and a loss of up to 3 % of the score cannot"),
+        (96, "On 200 questions it lost 4 % of the score, which can be chance; a loss of up to"),
+        (60, "On 200 questions it lost 40 % of the score (95 % interval: 3"),
     ],
 )
 def test_a_sentence_says_what_was_gained_and_what_was_lost(right: int, words: str) -> None:
     quality = {"tasks": {"sums": task(right, 200)}}
     found = said(run_of(DENSE, cell={"quality": quality, "speed": FASTER, "size": SMALLER}))
-    assert found.startswith("4.4x as fast, 36 % of the size; ")
+    assert found.startswith(f"{FOUR_TIMES} It takes 36 % of the original model's disk space. ")
     assert words in found
     assert found.endswith(".") and "None" not in found
 
 
 def test_what_was_not_measured_is_not_mentioned() -> None:
     bare = run_of({}, cell={"size": None}, fast={"speed": FASTER, "size": None})
-    assert said(bare) == "its quality was not measured."
-    assert said(bare, "fast") == "4.4x as fast; its quality was not measured."
-    assert said(bare, "dense") == "The original model, with which the variants are compared."
+    assert said(bare) == "Its quality was not measured."
+    assert said(bare, "fast") == f"{FOUR_TIMES} Its quality was not measured."
+    assert (
+        said(bare, "dense") == "This is the original model, with which the variants are compared."
+    )
     failed = bare.cell("cell").model_copy(update={"status": "failed", "reason": "It ended."})
-    assert sentence(bare, failed) == "It was not measured: It ended."
+    assert sentence(bare, failed) == "This variant was not measured: It ended."
     small = run_of({}, cell={"size": SMALLER, "quality": {"kl_to_baseline": 0.0213}})
-    assert said(small) == "36 % of the size; its KL to the original is 0.021 nats a token."
+    assert said(small) == (
+        "It takes 36 % of the original model's disk space. Its KL from the original model is 0.021"
+        " nats per token."
+    )
 
 
 def test_a_price_in_speed_of_prompts_and_in_memory_is_named() -> None:
     speed = {"decode_ratio": ratio(0.98, 1.02), "prefill_ratio": ratio(0.4, 0.5)}
     found = said(run_of(DENSE, cell={"speed": speed, "size": {"resident_bytes": 2800}}))
     assert found.startswith(
-        "no difference in speed, 0.45x as fast with prompts, 1.40x the memory; "
+        "No difference in decode speed is shown. It processes prompts 0.45x as fast as the original"
+        " model. It takes 1.40x the memory of the original model. "
     )
 
 
 def test_few_questions_make_no_claim() -> None:
     few = {"tasks": {"sums": task(9, 25)}}
     results = run_of({"quality": few}, cell={"quality": few, "speed": FASTER, "size": SMALLER})
-    assert said(results).endswith("; 25 questions were asked, too few to judge by.")
+    assert said(results).endswith(
+        " Only 25 questions were asked, which are too few to judge quality."
+    )
     answers = recommendations(results)
     assert [answer.cell for answer in answers] == [None, None, None]
     assert answers[0].sentence == (
-        "Nothing is recommended for speed, because 25 questions are too few: 200 are needed."
+        "Nothing is recommended for speed, because 25 questions are too few to judge quality: at"
+        " least 200 are needed."
     )
 
 
@@ -113,9 +124,11 @@ def test_lossless_says_to_what() -> None:
         wrong=speculating(False, int4),
         exact=speculating(True, []) | {"plain": "dense", "quality_of": "dense"},
     )
-    assert "; lossless to its int4 weights; on 200 questions" in said(results)
-    assert "its tokens differ: not lossless to its int4 weights" in said(results, "wrong")
-    assert said(results, "exact").endswith("; identical predictions.")
+    assert ". Its drafts do not change the output of its int4 weights (lossless). On 200" in said(
+        results
+    )
+    assert "Its drafts change the output of its int4 weights." in said(results, "wrong")
+    assert said(results, "exact").endswith(IDENTICAL)
     assert lossless_to(results, results.cell("exact")) == "its bfloat16 weights"
 
 
@@ -177,8 +190,8 @@ def test_the_answers_of_a_published_run() -> None:
     speed, size, exact = recommendations(results)
     assert speed.cell is not None and size.cell is not None and exact.cell is not None
     assert (speed.cell.name, exact.cell.name) == ("int8+network-draft", "bf16+int4-draft")
-    assert size.sentence.startswith("6.3x as fast, 55 % of the size")
-    assert exact.sentence.endswith("; identical predictions.")
+    assert size.sentence.startswith("It decodes 6.3x as fast as the original model. It takes 55 %")
+    assert exact.sentence.endswith(IDENTICAL)
 
 
 @pytest.mark.parametrize(("furthest", "is_fit"), [(0.049, True), (0.053, False), (0.09, False)])
@@ -193,6 +206,6 @@ def test_a_loss_on_text_must_be_shown_to_be_small(furthest: float, is_fit: bool)
     assert (answer.cell is not None) is is_fit
     if not is_fit:
         assert answer.sentence == (
-            "Nothing is recommended for speed, because no faster variant is shown to keep the"
-            " quality to within 5 %."
+            "Nothing is recommended for speed, because no faster variant is shown to keep 95 % of"
+            " the original model's quality."
         )

@@ -93,10 +93,10 @@ def test_the_table_of_verdicts(
 def test_the_sentence_says_what_it_rests_on() -> None:
     found = judged(KEPT, DENSE, speed=FASTER, size=SMALLER | {"resident_bytes": 2400})
     assert found.why.startswith("It keeps 99.")
-    assert "of the task scores (2000 questions)" in found.why
-    assert "decodes 1.40 to 1.60 times as fast as the baseline" in found.why
-    assert "takes 0.40 times the bytes on disk" in found.why
-    assert "but it takes 1.20 times the bytes in memory." in found.why
+    assert "of the baseline's task scores (2000 questions)" in found.why
+    assert "It decodes 1.40 to 1.60 times as fast as the baseline. " in found.why
+    assert "It takes 40 % of the disk space of the baseline. " in found.why
+    assert "But it takes 120 % of the memory of the baseline." in found.why
 
 
 def test_another_engines_memory_is_not_compared_with_ours() -> None:
@@ -106,8 +106,8 @@ def test_another_engines_memory_is_not_compared_with_ours() -> None:
     for more, told in (({}, True), ({"peer": peer}, False)):
         found = run_of({"quality": DENSE}, cell={"quality": KEPT, "size": size, **more})
         smaller, larger = _bytes(found, found.cell("cell"))
-        assert smaller == ["it takes 0.40 times the bytes on disk"]
-        assert larger == (["it takes 2.50 times the bytes in memory"] if told else [])
+        assert smaller == ["it takes 40 % of the disk space of the baseline"]
+        assert larger == (["it takes 250 % of the memory of the baseline"] if told else [])
 
 
 def test_25_questions_make_no_claim_however_good_they_look() -> None:
@@ -116,8 +116,8 @@ def test_25_questions_make_no_claim_however_good_they_look() -> None:
     found = judged(*few, speed=FASTER)
     assert found.verdict == "NO EVIDENCE"
     assert found.why == (
-        "25 questions are too few: 200 are needed, and it decodes 1.40 to 1.60 times as fast as the"
-        " baseline."
+        "25 questions are too few to judge quality: at least 200 are needed. It decodes 1.40 to"
+        " 1.60 times as fast as the baseline."
     )
 
 
@@ -161,7 +161,7 @@ def test_one_ruined_task_is_not_hidden_by_a_mean() -> None:
     )
     found = judged({"tasks": own}, {"tasks": base}, speed=FASTER)
     assert found.verdict == "TRADE-OFF"
-    assert "of sums" in found.why
+    assert "score on sums" in found.why
 
 
 def test_the_baseline_s_predictions_need_no_questions() -> None:
@@ -176,7 +176,7 @@ def test_outcomes_of_other_questions_do_not_pair() -> None:
     other = {"tasks": {"sums": task(outcomes(990, 2000)) | {"questions": "f" * 16}}}
     found = judged(other, DENSE, speed=FASTER)
     assert found.verdict == "NO EVIDENCE"
-    assert "do not pair" in found.why
+    assert "cannot be paired" in found.why
 
 
 # --- speculation: compared with the cell of the same weights that decodes plainly ----------------
@@ -198,15 +198,31 @@ def speculating(lossless: bool | None, speedup: tuple[float, float] | None, **mo
     [
         (True, (1.2, 1.3), "ACCEPT", "as fast as the same weights without drafts"),
         (True, (0.73, 0.75), "REGRESSION", "0.73 to 0.75 times as fast as the same weights"),
-        (True, (0.98, 1.02), "NO EVIDENCE", "no gain over the same weights without drafts"),
-        (True, None, "NO EVIDENCE", "no gain over the same weights without drafts"),
+        (
+            True,
+            (0.98, 1.02),
+            "NO EVIDENCE",
+            "not shown to be faster or smaller than the same weights without drafts",
+        ),
+        (
+            True,
+            None,
+            "NO EVIDENCE",
+            "not shown to be faster or smaller than the same weights without drafts",
+        ),
         (
             False,
             (1.2, 1.3),
             "REGRESSION",
-            "Not lossless to its own weights: its drafts change tokens.",
+            "Its drafts change the output: its tokens are not those of its own weights without"
+            " drafts.",
         ),
-        (None, (1.2, 1.3), "NO EVIDENCE", "Whether its drafts change tokens was not measured."),
+        (
+            None,
+            (1.2, 1.3),
+            "NO EVIDENCE",
+            "It was not checked whether its drafts change the output.",
+        ),
     ],
 )
 def test_speculation_has_to_beat_its_plain_cell(

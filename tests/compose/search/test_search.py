@@ -639,7 +639,7 @@ def test_what_no_chain_meets_names_the_nearest(short: Path) -> None:
     found = go(short, make_target(at_most_mb=50, minimize="kl"), Script())
     assert found.winner is None and found.why_none is not None
     message = str(found.why_none)
-    assert "no cell meets disk <= 50.0 MB" in message
+    assert "no variant meets disk <= 50.0 MB" in message
     assert "the nearest is '" in message
     assert "loosen --at-most-mb" in message
     assert "come nearest" in found.file.read_text()
