@@ -338,7 +338,7 @@ class Quality(_Section):
             if name in TASKS and TASKS[name].runs_code and not self.allow_code:
                 raise ValueError(
                     f"the task {name} runs code that the model writes; to allow it, add"
-                    " `allow_code: true` under benchmark.quality"
+                    " `allow_code: true` under benchmark.quality, or --allow-code to gateskip bench"
                 )
         return self
 

@@ -30,6 +30,7 @@ OPTIONS = {
     "contexts": "--prompt-tokens",
     "tasks": "--task",
     "perplexity": "--text",
+    "quality": "--task",
 }
 """Setting of a pipeline -> the option that gives it, where these are called differently."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compose.artifacts.gguf.file import is_gguf
 from compose.artifacts.intake import require_source
-from compose.artifacts.vocabulary import vocabulary_difference
+from compose.artifacts.vocabulary import read_vocabulary
 from compose.assets import (
     SELF_WRITTEN,
     data_pin,
@@ -26,6 +26,7 @@ from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
 from compose.stages.base import ModelShape
 from compose.stages.decode import Speculate
+from gateskip.decoding.vocabulary import vocabulary_difference
 
 
 def load_plan(file: Path, asset_cache: Path) -> Plan:
@@ -133,12 +134,15 @@ def refuse_other_vocabularies(
             draft = None if config is None else ModelShape.from_config(config)
         except (PlanError, AssetError, ArtifactError) as error:
             raise pipeline.locate(error, loc) from None
-        reason = vocabulary_difference(Path(pipeline.model.source), Path(source))
+        ours, drafts = (read_vocabulary(Path(name)) for name in (pipeline.model.source, source))
+        reason = None
+        if ours is not None and drafts is not None:
+            reason = vocabulary_difference(ours, drafts)
         if shape is not None and draft is not None and draft.vocab_size != shape.vocab_size:
-            reason = f"it has {draft.vocab_size} tokens, and the model has {shape.vocab_size}"
+            reason = f"{draft.vocab_size} tokens, and the model has {shape.vocab_size}"
         if reason is not None:
             fix = "name a model with the same tokenizer, of the same family"
-            raise pipeline.locate(PlanError(f"draft_model: {reason}", fix=fix), loc)
+            raise pipeline.locate(PlanError(f"draft_model: it has {reason}", fix=fix), loc)
 
 
 def _lengths(pipeline: Pipeline) -> Iterator[tuple[Loc, int]]:

@@ -34,6 +34,7 @@ def benchmark_of(
     texts: Sequence[str],
     tokens: int,
     tasks: Sequence[str],
+    allow_code: bool,
     questions: int,
 ) -> dict[str, Any]:
     """The options as a pipeline's `benchmark` section. Without `quality` nothing is scored.
@@ -55,6 +56,7 @@ def benchmark_of(
     scored: dict[str, Any] = {"perplexity": None, "tasks": [], "own_answers": None}
     if quality:
         scored = {"perplexity_tokens": tokens, "tasks": list(tasks), "limit": questions}
+        scored["allow_code"] = allow_code
         scored |= {"perplexity": list(texts)} if texts else {}
     return {
         "speed": speed,

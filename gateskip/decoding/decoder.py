@@ -15,13 +15,7 @@ from gateskip.decoding.config import DraftConfig, PhaseSettings, Settings, SkipC
 from gateskip.decoding.draft_cache import DraftCache
 from gateskip.decoding.draft_choice import fastest
 from gateskip.decoding.draft_length import DraftLengthController
-from gateskip.decoding.draft_models import (
-    LearnedDraft,
-    Weights,
-    make_draft,
-    reads_text,
-    require_same_vocabulary,
-)
+from gateskip.decoding.draft_models import LearnedDraft, Weights, make_draft, reads_text
 from gateskip.decoding.phases import FULL, Phase, Phases, check_phases
 from gateskip.decoding.prefill import commit_next, prefill
 from gateskip.decoding.rows import Row, StopConditions
@@ -29,6 +23,7 @@ from gateskip.decoding.sampling import GREEDY, Sampler
 from gateskip.decoding.self_generate import write
 from gateskip.decoding.speculation import Drafting, speculate
 from gateskip.decoding.stats import Generation, Stats
+from gateskip.decoding.vocabulary import require_same_vocabulary
 from gateskip.model.compute import Saving, Usage, Work, kept_share, saving
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.runtime.backend import Arithmetic, BackendName, Cache, SampleRequest, Thresholds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -102,42 +102,6 @@ def is_possible(skipping: SkippingModel, weights: Weights) -> bool:
     """Whether this draft is possible for a model."""
     bits = copy_bits(weights)
     return bits is None or can_copy(skipping.model, bits)
-
-
-def require_same_vocabulary(model: Any, tokenizer: Any, draft: Any, drafts_tokenizer: Any) -> None:
-    """Refuse a draft model whose token ids mean something else.
-
-    Raises ValueError where the tokenizers' vocabularies differ, or the models have another number
-    of embeddings or of logits.
-    """
-    ours, drafts = tokenizer.get_vocab(), drafts_tokenizer.get_vocab()
-    if ours != drafts:
-        first = min(ours.items() ^ drafts.items(), key=lambda item: (item[1], item[0]))[0]
-        raise ValueError(
-            f"the draft model has another tokenizer: {first!r} is"
-            f" {_named(ours.get(first))} of the model and {_named(drafts.get(first))} of the draft"
-            " model; take a model of the same family"
-        )
-    for part, sizes in (("embeddings", embeddings), ("logits", logits)):
-        if sizes(model) != sizes(draft):
-            raise ValueError(
-                f"the draft model has {sizes(draft)} {part} and the model {sizes(model)}: take a"
-                " draft model with as many"
-            )
-
-
-def embeddings(model: Any) -> int:
-    """Number of tokens that a model can read."""
-    return int(model.get_input_embeddings().num_embeddings)
-
-
-def logits(model: Any) -> int:
-    """Number of tokens that a model can predict."""
-    return int(model.get_output_embeddings().out_features)
-
-
-def _named(token: int | None) -> str:
-    return "no token" if token is None else f"token {token}"
 
 
 class LearnedDraft:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cache
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -123,11 +124,17 @@ def best_places(
     ]
     chance = random.Random(0)  # the same orders each time, so the same picture
     orders += [chance.sample(names, len(names)) for _ in range(ORDERS)]
+    marks = [_box(x, y, MARK, MARK) for x, y in centres]
+
+    @cache  # asked for in each order again, hundreds of thousands of times for 200 marks
+    def boxes(name: Name, place: Place) -> list[Box]:
+        return _boxes(name, place, centres, marks, limits, pixels)
+
     best: dict[int, Place] = {}
     for order in orders:
         hard: set[int] = set()
         for _ in range(TURNS):
-            placed = _placed(order, hard, centres, limits, pixels)
+            placed = _placed(order, hard, boxes)
             if len(placed) > len(best):
                 best = placed
             if len(best) == len(names):
@@ -137,29 +144,44 @@ def best_places(
 
 
 def _placed(
-    order: Sequence[Name], hard: Set[int], centres: Sequence[Spot], limits: Box, pixels: float
+    order: Sequence[Name], hard: Set[int], boxes: Callable[[Name, Place], list[Box]]
 ) -> dict[int, Place]:
     """Names in the order given: the hard ones at any place, the others at a near place, and what is
     left at a farther one."""
-    marks = [_box(x, y, MARK, MARK) for x, y in centres]
     taken: list[Box] = []
     placed: dict[int, Place] = {}
     for places, first in (((*NEAR, *FAR), True), (NEAR, False), (FAR, False)):
         for name in order:
             if name.mark in placed or (first and name.mark not in hard):
                 continue
-            others = [*marks[: name.mark], *marks[name.mark + 1 :], *taken]
             for place in places:
-                x, y = centres[name.mark]
-                box = _aligned(x + place.dx * pixels, y + place.dy * pixels, name, place)
-                line = _between((x, y), box, place) if place.leader else []
-                if not _is_within(box, limits) or not _is_clear([box, *line], others):
-                    continue
-                if place.leader or _is_nearest(box, centres, name.mark):
-                    taken += [box, *line]
+                parts = boxes(name, place)
+                if parts and _is_clear(parts, taken):
+                    taken += parts
                     placed[name.mark] = place
                     break
     return placed
+
+
+def _boxes(
+    name: Name,
+    place: Place,
+    centres: Sequence[Spot],
+    marks: Sequence[Box],
+    limits: Box,
+    pixels: float,
+) -> list[Box]:
+    """The boxes of a name and its line at a place; none where the name leaves the picture, covers a
+    mark or stands at another one, whatever names are beside it."""
+    x, y = centres[name.mark]
+    box = _aligned(x + place.dx * pixels, y + place.dy * pixels, name, place)
+    if not _is_within(box, limits):
+        return []
+    if not place.leader and not _is_nearest(box, centres, name.mark):
+        return []
+    parts = [box, *(_between((x, y), box, place) if place.leader else ())]
+    others = [*marks[: name.mark], *marks[name.mark + 1 :]]
+    return parts if _is_clear(parts, others) else []
 
 
 def _box(x: float, y: float, half_width: float, half_height: float) -> Box:

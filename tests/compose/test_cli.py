@@ -684,6 +684,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "bench": [
             *(
                 "--against",
+                "--allow-code",
                 "--batch",
                 "--json-lines",
                 "--keep-blocks",

@@ -158,6 +158,15 @@ def bench(
             rich_help_panel=QUALITY,
         ),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            show_default=False,
+            help="Let the task humaneval run the code that a model writes: in a child process with"
+            " limits of time, memory and files, without network.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = False,
     questions: Annotated[
         int,
         typer.Option(
@@ -200,6 +209,7 @@ def bench(
         texts=text or [],
         tokens=tokens,
         tasks=task or [],
+        allow_code=allow_code,
         questions=questions,
     )
     folders = as_folders(folders, default_cache(), keep_blocks=keep_blocks)

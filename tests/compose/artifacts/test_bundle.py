@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import save_gated
+from without_packages import run_without
 
 import gateskip
 from compose.artifacts.bundle import ROOTS, sources, write_bundle
 from compose.errors import ArtifactError
 
+HIDDEN = ("gateskip", "compose", "reports", "bitsandbytes", "peft", "lm_eval")
 SCRIPT = """
-import json, sys
-for name in ("gateskip", "compose", "reports", "bitsandbytes", "peft", "lm_eval"):
-    sys.modules[name] = None  # importing it fails
 import torch
 from transformers import AutoModelForCausalLM
 folder, prompts, asked = json.loads(sys.argv[1])
@@ -54,16 +50,7 @@ def test_it_decodes_as_we_do(folder: Path, tmp_path: Path) -> None:
         {"mode": "skip", "budget": 0.5},
         {"mode": "speculate", "draft_budget": 0.5, "draft_length": 3, "draft_weights": "own"},
     ]
-    arguments = json.dumps([str(folder), prompts, asked])
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_without(HIDDEN, SCRIPT, [str(folder), prompts, asked], tmp_path)
     decoder = gateskip.load(folder, backend="gathered")
     theirs = [json.loads(line) for line in done.stdout.splitlines()]
     for settings, found in zip(asked, theirs, strict=True):

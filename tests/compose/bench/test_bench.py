@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from compose.contract import CellJob
 from compose.errors import PlanError, UserError
 from compose.language.schema import Benchmark, Pipeline
 from compose.planning.bench_plan import bench_plan, decode_stage, default_name
+from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
 from compose.results.io import load_results
 from compose.stages.registry import Plain, Speculate
@@ -123,6 +125,32 @@ def test_options_that_a_pipeline_would_not_take_are_refused(
     with pytest.raises(UserError) as caught:
         bench_plan(name, [tiny_llama], [], [], SETTINGS | settings)
     assert str(caught.value).startswith(message)
+
+
+def test_code_of_a_model_runs_only_with_its_option(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from compose.cli import app
+    from compose.terminal.live import run_shown
+
+    planned: list[Plan] = []
+
+    def run(plan: Plan, *_: Any, **__: Any) -> SimpleNamespace:
+        planned.append(plan)
+        return SimpleNamespace(exit_code=0)
+
+    monkeypatch.setattr(run_shown, "run_shown", run)
+    words = ["bench", str(tiny_llama), "--quality", "--task", "humaneval", "--out", str(tmp_path)]
+    refused = CliRunner().invoke(app, words)
+    assert not planned and refused.exit_code == 2
+    assert "--task: the task humaneval runs code" in refused.output
+    assert "--allow-code" in refused.output
+    done = CliRunner().invoke(app, [*words, "--allow-code"])
+    assert done.exit_code == 0, done.output
+    assert planned[0].pipeline.benchmark.quality.tasks == ("humaneval",)
+    assert planned[0].pipeline.benchmark.quality.allow_code
 
 
 def test_a_folder_of_any_name_names_a_run(tiny_llama: Path, tmp_path: Path) -> None:
