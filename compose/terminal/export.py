@@ -32,7 +32,8 @@ def require_format(output_format: str, kind: str | None, *, verify: bool) -> Non
         raise UserError("--type is an option of GGUF files", fix=f"add --format {GGUF}")
     if verify and output_format != HF:
         raise UserError(
-            "--verify is an option of hf folders", fix="leave it out: other formats are read back"
+            "--verify is an option of hf folders",
+            fix="leave --verify out: other formats are always read back as a check",
         )
 
 
@@ -74,7 +75,8 @@ def export_cell_as(
             text = convert(source, place_of(to, output_format, name), output_format, kind, name)
     if planned["decode"] is None:
         return text
-    return f"{text}\nthe weights alone: {name} decodes by {planned['decode']['use']} in gateskip"
+    use = planned["decode"]["use"]
+    return f"{text}\nonly the weights are exported: in gateskip, {name} also uses the stage {use}"
 
 
 def place_of(to: Path, output_format: str, name: str) -> Path:
@@ -105,4 +107,4 @@ def convert(
     written = ask_once(GgufJob(folder, target, kind, name))
     size, kl = bytes_text(written["bytes"]), metric_text("kl", written["kl"])
     said = f"{to}: {size}, {written['kind']}, loads back"
-    return f"{said}; KL of its predictions to the folder's: {kl}"
+    return f"{said}; KL from the predictions of the model folder: {kl}"

@@ -39,8 +39,8 @@ def refuse_command(name: str, commands: Iterable[str]) -> None:
     existing = list(commands)
     if Path(name).suffix in PIPELINES:
         fix = f"gateskip run {shlex.quote(name)}"
-        raise UserError(f"{name} is a file, and no command", fix=fix)
-    refuse_model(name, "no command")
+        raise UserError(f"{name} is a file, not a command", fix=fix)
+    refuse_model(name, "not a command")
     words = {command: (command,) for command in existing} | {
         word: tuple(name for name in meant if name in existing or name.startswith("-"))
         for word, meant in OTHER_WORDS.items()
@@ -67,7 +67,7 @@ def refuse_model(source: str, instead_of: str) -> None:
     stem = Path(source.partition("@")[0]).name.removesuffix(".gguf")
     file = shlex.quote(f"{stem}.yaml")
     raise UserError(
-        f"{source} is {what}, and {instead_of}",
+        f"{source} is {what}, but {instead_of}",
         fix="compress it, or write a pipeline for it:\n"
         f"    gateskip compress {shlex.quote(source)} --to {shlex.quote(f'exports/{stem}')}\n"
         f"    gateskip new {file} --model {shlex.quote(source)}",

@@ -45,8 +45,8 @@ def compare_and_tell(
     """
     if len(run_dirs) < 2:
         if fail_on_regression:
-            fix = "name two: what was before, and what is to be judged"
-            raise UserError("one run has nothing to regress from", fix=fix)
+            fix = "name the earlier run first, then the run to judge"
+            raise UserError("--fail-on-regression needs at least two runs", fix=fix)
         return False
     from reports.comparison import compare_runs, in_words, line
 

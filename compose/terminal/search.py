@@ -70,23 +70,23 @@ def search_shown(
 
 def print_found(console: Console, result: SearchResult) -> None:
     """The finalists in a table, why others were dropped, and where the pipeline file is."""
-    title = (
-        f"Found by {result.probed} probes of {len(result.space.candidates)} chains: {result.target}"
-    )
+    title = f"{result.probed} of {len(result.space.candidates)} chains measured: {result.target}"
     names = [name for name in COLUMNS if any(_known(result, name, cell) for cell in _cells(result))]
     lines = [
         (_sign(result, cell), cell.name, *(_shown(result, name, cell) for name in names))
         for cell in _cells(result)
     ]
     console.print(rich_table(text_table(("", "chain", *names), lines), title))
-    console.print("* winner   + on the front, which no chain surpasses", highlight=False)
+    console.print(
+        "* best chain   + best trade-off: no chain is better in all metrics", highlight=False
+    )
     if result.winner is not None and not result.winner.chain:
-        console.print("No chain meets the bounds, only the baseline itself does.", highlight=False)
+        console.print("Only the baseline meets the bounds, and no chain does.", highlight=False)
     for chain, why in list(result.fates.items())[:FATES_SHOWN]:
         line = f"  {cell_name(chain)}: {why}"
         console.print(shown(line), highlight=False, soft_wrap=True)
     if len(result.fates) > FATES_SHOWN:
-        console.print(f"  and {len(result.fates) - FATES_SHOWN} others", highlight=False)
+        console.print(f"  and {len(result.fates) - FATES_SHOWN} other chains", highlight=False)
     console.print(f"gateskip run {shown(str(result.file))}", highlight=False, soft_wrap=True)
     report = result.run.folder.root / "report.html"
     console.print(f"  {shown(str(report))}", highlight=False, soft_wrap=True)

@@ -122,9 +122,9 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
         state_text = _state(cell["cached"], cell.get("why"))
         cells.append((cell["name"], names[cell["weights"]], decode, also, state_text))
     parts: list[RenderableType] = [
-        rich_table(text_table(STEP_HEADS, steps), "Steps"),
+        rich_table(text_table(STEP_HEADS, steps), "Steps (models to make)"),
         "",
-        rich_table(text_table(CELL_HEADS, cells), "Cells"),
+        rich_table(text_table(CELL_HEADS, cells), "Cells (variants to measure)"),
     ]
     if plan.left_out:
         left_out = [(left.name, left.rule, left.message) for left in plan.left_out]
@@ -162,7 +162,11 @@ def print_result(console: Console, result: RunResult) -> None:
     cells = [cell for cell in result.results.cells if cell.status != "left-out"]
     failed = [cell for cell in cells if cell.status == "failed"]
     if not result.worked:
-        tried = f"{len(failed)} failed before" if failed else f"all {len(cells)} cells are measured"
+        tried = (
+            f"{len(failed)} variants failed in an earlier run"
+            if failed
+            else "all variants are measured"
+        )
         console.print(f"Nothing to do: {tried}.", highlight=False)
     for cell in failed:
         where = f" in {shown(cell.failed_in)}" if cell.failed_in else ""
@@ -172,7 +176,7 @@ def print_result(console: Console, result: RunResult) -> None:
             soft_wrap=True,
         )
     done = len(cells) - len(failed)
-    console.print(f"{done} of {len(cells)} cells measured.", highlight=False)
+    console.print(f"{done} of {len(cells)} variants measured.", highlight=False)
     if any(cell.verdict is not None for cell in cells):
         console.print(verdict_table(cells))
     for name in ("report.html", "report.md", "results.json"):
@@ -187,7 +191,7 @@ def verdict_table(cells: Sequence[CellResult]) -> RichTable:
         (name, Entry(verdict.verdict, tone=TONES[verdict.verdict]), verdict.why)
         for name, verdict in judged
     ]
-    return rich_table(text_table(("cell", "verdict", "why"), lines), "Verdicts")
+    return rich_table(text_table(("variant", "verdict", "why"), lines), "Verdicts")
 
 
 def cell_text(results: Results, cell: CellResult) -> Group:
@@ -199,7 +203,7 @@ def cell_text(results: Results, cell: CellResult) -> Group:
         interval = "" if ends is None else " to ".join(metric_text(name, end) for end in ends)
         other = metric_text(name, baseline.get(name))
         lines.append((METRICS[name].title, metric_text(name, value), interval, other))
-    heads = ("", "this cell", "95 %", results.baseline)
+    heads = ("", "this variant", "95 % interval", results.baseline)
     parts: list[RenderableType] = [rich_table(text_table(heads, lines), cell.name)]
     if cell.verdict is not None:
         parts += ["", Text(printable(f"{cell.verdict.verdict}: {cell.verdict.why}"))]
@@ -237,7 +241,9 @@ def stats_text(answer: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
     lines = [f"{answer['tokens']} tokens, {PLAIN.number(speed)} tokens/s, {settings}"]
     if (seconds := answer["preparing_s"]) > LONG_S:
-        lines.append(f"  the draft was made in {duration_text(seconds)}, once a process")
+        lines.append(
+            f"  the draft model was made in {duration_text(seconds)}, once for each process"
+        )
     stats = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
     for key, value in stats.items():
         lines.append(f"  {key}: {four_digits(value) if isinstance(value, float) else value}")
@@ -247,11 +253,11 @@ def stats_text(answer: dict[str, Any]) -> str:
 def compressed_text(to: Path, written: dict[str, Any]) -> str:
     """What a folder in the format of compressed-tensors holds, in one line."""
     schemes, size = " and ".join(written["schemes"]), bytes_text(written["bytes"])
-    text = f"{to}: {schemes}, {written['layers']} layers, {size}, read back: the same codes"
+    text = f"{to}: {schemes}, {written['layers']} layers, {size}, read back with equal integers"
     if written["floats"]:
-        text += f"; floats again: {', '.join(written['floats'])}"
+        text += f"; converted back to floats: {', '.join(written['floats'])}"
     if written["rounded_scales"]:
-        text += "; scales are finer than the folder's float type, in which vLLM keeps them"
+        text += "; vLLM rounds the scales to the folder's float type"
     return text
 
 
@@ -287,7 +293,7 @@ def print_insight(console: Console, record: dict[str, Any]) -> None:
     heads = ("kind", "tokens", "share of compute")
     console.print(rich_table(text_table(heads, kinds), "Compute by kind of token"))
     mean = PLAIN.percent(sum(shares) / len(shares))
-    console.print(f"budget {record['budget']:g}: {mean} of the branches' compute was spent")
+    console.print(f"budget {record['budget']:g}: {mean} of the attention and MLP compute was used")
 
 
 def _background(level: float) -> str:
@@ -301,10 +307,11 @@ def print_tuned(out: Console, tuned: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
     out.print(rich_table(_measurements(tuned["second"]), "Bench"))
     tried = {row["system"] for row in tuned["first"]} - {"plain"}
-    done = "now the folder's own way" if tuned["written"] else "nothing was written"
+    done = "it is now the default of the folder" if tuned["written"] else "the folder is unchanged"
     gain = PLAIN.ratio(tuned["speedup"], tuned["speedup_ci95"])
     out.print(
-        f"{tuned['best']} over plain decoding: {gain}, the best of {len(tried)} drafts: {done}"
+        f"{tuned['best']}, the fastest of {len(tried)} kinds of drafts, compared with plain"
+        f" decoding: {gain}; {done}"
     )
 
 

@@ -152,12 +152,12 @@ def test_a_model_in_place_of_a_file_is_answered_with_the_commands(
         for command in ("run", "plan", "validate", "search"):
             code, out, err = call(command, model)
             assert (code, out) == (2, "")
-            assert f"{model} is {kind}, and `gateskip {command}` takes a pipeline file" in err
+            assert f"{model} is {kind}, but `gateskip {command}` takes a pipeline file" in err
             assert f"    gateskip compress {quoted} --to {to}\n" in err
             assert f"    gateskip new {new} --model {quoted}\n" in err
     for words in (("pick", "owner/name"), ("export", "q.gguf", "--to", "x")):
         code, _, err = call(*words)
-        assert code == 2 and f"and `gateskip {words[0]}` takes the folder of a run" in err
+        assert code == 2 and f"but `gateskip {words[0]}` takes the folder of a run" in err
     code, _, err = call("smollm2-135m-instruct")
     assert code == 2 and "gateskip new smollm2-135m-instruct.yaml --model" in err
     (tmp_path / "smollm2-135m-instruct").write_text(GOOD)
@@ -375,7 +375,7 @@ def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
 def test_one_run_has_nothing_to_regress_from(tmp_path: Path) -> None:
     code, _, err = call("report", _kept(tmp_path / "run", 2.0), "--fail-on-regression")
     assert code == 2
-    assert "nothing to regress from" in err
+    assert "--fail-on-regression needs at least two runs" in err
 
 
 @pytest.mark.parametrize("command", ["report", "pick", "export"])
@@ -451,7 +451,9 @@ def test_a_cell_and_a_folder_become_the_same_gguf_file(
     code, out, err = call("export", finished, "--cell", "nf4", *words)
     assert code == 0, err
     assert out.startswith(f"{tmp_path / 'out' / 'nf4.gguf'}: ") and "loads back" in out
-    assert out.endswith("the weights alone: nf4 decodes by speculate in gateskip\n")
+    assert out.endswith(
+        "only the weights are exported: in gateskip, nf4 also uses the stage speculate\n"
+    )
     words[-1] = tmp_path / "b.gguf"
     code, out, err = call("export", folder, *words)
     assert code == 0 and "the weights alone" not in out, err
@@ -521,7 +523,7 @@ def test_errors_become_exit_codes(
             "error: a.json: No space left on device",
         ),
         (PermissionError(13, "Permission denied"), "error: Permission denied"),
-        (KeyError("x"), "error: KeyError: 'x'\n  fix: this is a mistake of ours"),
+        (KeyError("x"), "error: KeyError: 'x'\n  fix: this is a bug in gateskip"),
         (RecursionError("deep"), "error: RecursionError: deep"),
     ],
 )

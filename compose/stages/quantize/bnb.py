@@ -49,8 +49,8 @@ class Bnb(Stage):
     cannot be quantized."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not quantized, named by the end of their names, such as `down_proj` or
-    `0.mlp.up_proj`."""
+    """Linear layers that are not quantized, identified by the end of their names, such as
+    `down_proj` or `0.mlp.up_proj`."""
 
     device_map: DeviceMap | None = None
     """The argument `device_map` of `from_pretrained`, used while the layers are quantized. With

@@ -76,11 +76,11 @@ class Gptq(Stage):
     The authors of FOEM use a beta of 0.1 to 0.25. Without `foem`, the stage uses plain GPTQ."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not quantized, in every decoder layer, named by the end of their
+    """Linear layers that are not quantized, in every decoder layer, identified by the end of their
     names, such as `down_proj` or `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
-    """Linear layers that get other numbers of bits, named by the end of their names, such as
+    """Linear layers that get other numbers of bits, identified by the end of their names, such as
     `{down_proj: 8}` or `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip can load a
     folder with mixed bits, but transformers without gptqmodel cannot."""
 

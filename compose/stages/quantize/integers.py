@@ -118,11 +118,11 @@ class Integers(Stage):
     is added to the diagonal of the matrix of second moments."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not quantized, in every decoder layer, named by the end of their
+    """Linear layers that are not quantized, in every decoder layer, identified by the end of their
     names, such as `down_proj` or `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
-    """Linear layers that get other numbers of bits, named by the end of their names, such as
+    """Linear layers that get other numbers of bits, identified by the end of their names, such as
     `{down_proj: 8}` or `{layers.0.self_attn.v_proj: 8}`. Groups of 6-bit and 8-bit weights have a
     scale and no offset."""
 

@@ -59,7 +59,7 @@ def prune(
     freed = 0
     for entry in stored.prunable(out):
         if not dry_run and not stored.remove(out, entry):
-            typer.echo(f"{entry.key} stays: a run is using it")
+            typer.echo(f"{entry.key} is kept, because a run is using it")
             continue
         freed += entry.size
         typer.echo(f"{entry.key} {bytes_text(entry.size)}")
@@ -74,11 +74,12 @@ def verify(out: Out = Path("runs")) -> None:
     for entry, damage in stored.damaged(out):
         if damage is not None:
             worst = 1
-            line = f"[red]✗[/] {entry.key} {shown(damage)}; the next run makes it again"
+            line = f"[red]✗[/] {entry.key} {shown(damage)}; the next run will make it again"
         elif stored.hashed(out, entry):
             line = f"[green]✓[/] {entry.key} {shown(_chain(entry))}"
         else:
-            line = f"[yellow]![/] {entry.key} has no hashes, because an older version made it"
+            why = "because an older version of gateskip made it"
+            line = f"[yellow]![/] {entry.key} has no hashes, {why}"
         console.print(line, highlight=False, soft_wrap=True)
     raise typer.Exit(worst)
 

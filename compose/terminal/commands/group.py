@@ -64,7 +64,7 @@ class Commands(Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             how = resuming_command()
-            typer.secho(f"interrupted: the same command goes on from here: {how}", err=True)
+            typer.secho(f"interrupted: to continue, run the same command again: {how}", err=True)
             raise typer.Exit(exit_code(stop)) from None
         except BrokenPipeError:  # who reads our output has had enough
             raise

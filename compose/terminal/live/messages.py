@@ -16,4 +16,7 @@ def message_and_code(error: Exception) -> tuple[str, int]:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}", StepError.exit_code
     why = f"{type(error).__name__}: {error}"
-    return f"{why}\n  fix: this is a mistake of ours; `gateskip --debug ...` shows where", 1
+    return (
+        f"{why}\n  fix: this is a bug in gateskip; `gateskip --debug ...` shows where it happened",
+        1,
+    )

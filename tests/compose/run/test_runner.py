@@ -730,11 +730,11 @@ def test_a_run_that_is_ended_again_and_again_ends_like_an_unbroken_one(
     assert code == -signal.SIGKILL
     code, err = broken.end_at("train-4", signal.SIGINT, signal.SIGINT, signal.SIGTERM)
     assert code == 130
-    assert "goes on from here" in err
+    assert "to continue, run the same command again" in err
     assert "Traceback" not in err
     broken.end_at("quality-dropped", signal.SIGKILL)
     code, err = broken.end_at("speed-dropped-2", signal.SIGTERM)
-    assert code == 143 and "goes on from here: gateskip run" in err
+    assert code == 143 and "run the same command again: gateskip run" in err
     broken.finish()
 
     assert [broken.count(f"train-{step}") for step in range(6)] == [1] * 6, "checkpoints are used"

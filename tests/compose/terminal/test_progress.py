@@ -234,7 +234,7 @@ def test_json_lines_of_a_real_run(pipeline: Path) -> None:
     done = command(pipeline, "--out", "json", "--json-lines", "--tensorboard")
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert "cells measured" in done.stderr
+    assert "variants measured" in done.stderr
     told = documented_fields()
     for event in events:
         assert set(event) == told[event["event"]] - {"search"}, event["event"]
@@ -288,7 +288,7 @@ def test_a_plain_run_has_no_control_codes_and_a_quiet_one_only_its_end(pipeline:
     quiet = command(pipeline, "--out", "plain", "--only", "dense", "--again", "--quiet")
     assert quiet.returncode == 0, quiet.stderr
     shown = quiet.stdout.splitlines()
-    assert "cells measured." in shown[0]
+    assert "variants measured." in shown[0]
     assert len(shown) == 5, shown
     assert json.loads(shown[-1])["event"] == "result"
 
