@@ -162,11 +162,8 @@ def print_result(console: Console, result: RunResult) -> None:
     cells = [cell for cell in result.results.cells if cell.status != "left-out"]
     failed = [cell for cell in cells if cell.status == "failed"]
     if not result.worked:
-        tried = (
-            f"{len(failed)} variants failed in an earlier run"
-            if failed
-            else "all variants are measured"
-        )
+        before = f"{len(failed)} failed in an earlier run"
+        tried = before if failed else "all variants are measured"
         console.print(f"Nothing to do: {tried}.", highlight=False)
     for cell in failed:
         where = f" in {shown(cell.failed_in)}" if cell.failed_in else ""

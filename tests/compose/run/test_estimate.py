@@ -194,5 +194,5 @@ def test_the_command_shows_a_table_and_json(
     command(file, tmp_path, as_json=False, estimate=True)
     out = capsys.readouterr().out
     assert "time: unknown for all steps and cells" in out
-    assert "no record of the time of: source, small, dense, p" in out
+    assert "no earlier record of: source, small, dense, p" in out
     assert out.count("unknown") == 5, "one in each row, and the total"
