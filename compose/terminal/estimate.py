@@ -25,7 +25,7 @@ def estimate_tables(estimates: Estimates) -> Group:
     ]
     if estimates.unknown:
         names = ", ".join(estimates.unknown)
-        lines.append(f"time unknown, because there is no earlier record of: {names}")
+        lines.append(f"this machine has no earlier record of: {names}")
     steps = rich_table(_table(estimates.steps), "Steps")
     cells = rich_table(_table(estimates.cells), "Cells (variants): loading and scoring")
     return Group(steps, "", cells, "", *(Text(line) for line in lines))
