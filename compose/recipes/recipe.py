@@ -25,6 +25,7 @@ TASK = "arithmetic"
 """Sums, whose answers are written: the task that shows first what rounding loses."""
 QUESTIONS = 200
 PROMPTS = 10
+SPEED: dict[str, Any] = {"prompt_tokens": 128, "new_tokens": 64, "repeats": 5}
 DRAFTS = "drafts"
 HEALED = "healed"
 
@@ -121,7 +122,7 @@ def pipeline_of(request: Request, name: str) -> dict[str, Any]:
         "stages": {key: stage for key, stage in stages.items() if key in used},
         "pipelines": chains,
         "benchmark": {
-            "speed": {"prompt_tokens": 128, "new_tokens": 64, "repeats": 5},
+            "speed": SPEED,
             "quality": {
                 "perplexity": ["wikitext2", "heldout-text"],
                 "perplexity_tokens": 4096,

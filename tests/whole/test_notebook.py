@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from compose.recipes.recipe import SPEED
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = '"smollm2-135m-instruct"'
 
@@ -21,9 +23,11 @@ def code_cells(notebook: Path) -> list[str]:
 def test_the_notebook_runs(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a tiny model in place of the one that it names, with few questions."""
+    """On a tiny model in place of the one that it names, with few questions, timed briefly."""
     monkeypatch.setattr("compose.recipes.recipe.QUESTIONS", 4)
     monkeypatch.setattr("compose.recipes.recipe.PROMPTS", 2)
+    monkeypatch.setitem(SPEED, "repeats", 2)
+    monkeypatch.setitem(SPEED, "min_seconds", 0.1)
     monkeypatch.chdir(tmp_path)
     first, *others = code_cells(ROOT / "docs/notebooks/compress.ipynb")
     assert MODEL in first
