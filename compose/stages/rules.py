@@ -8,27 +8,27 @@ Role = Literal["prune", "heal", "gate", "quantize", "head", "draft", "decode"]
 """The role of a stage in the order rules."""
 
 RULES: dict[str, str] = {
-    "decode-needs-gates": "gates decide which branches are skipped: add a gate stage before.",
-    "draft-of-packed": "a draft copy needs fewer bits than the weights that it is made from.",
-    "original-is-gone": "a backbone trained together with gates is not the original model.",
-    "head-last": "pack-head comes after all other stages that change weights.",
-    "draft-last": "the stage draft-network comes after all stages that change weights.",
-    "two-networks": "a chain has at most one draft-network stage.",
-    "learned-needs-network": "draft_weights: learned needs a network from the stage draft-network.",
-    "decode-last": "a decode stage (plain, skip, speculate) must be the last stage of its chain.",
-    "two-decoders": "a chain has at most one decode stage (plain, skip, speculate).",
-    "two-gates": "a chain has at most one gate stage.",
-    "two-quantizers": "a chain has at most one quantizer.",
-    "prune-after-quantize": "prune before quantizing, because packed weights cannot be pruned.",
-    "heal-after-quantize": "after a quantizer, heal needs `backbone: scales` or `backbone: codes`.",
+    "decode-needs-gates": "gates decide which branches are skipped: add a gate stage first.",
+    "draft-of-packed": "a quantized copy for drafts must have fewer bits than the weights.",
+    "original-is-gone": "after training together with gates, the original weights no longer exist.",
+    "head-last": "the stage pack-head must come after all other stages that change weights.",
+    "draft-last": "the stage draft-network must come after all stages that change weights.",
+    "two-networks": "a pipeline must not have two draft-network stages.",
+    "learned-needs-network": "`draft_weights: learned` needs the stage draft-network.",
+    "decode-last": "a stage plain, skip or speculate must be the last of its pipeline.",
+    "two-decoders": "a pipeline must not have two of the stages plain, skip and speculate.",
+    "two-gates": "a pipeline must not have two gate stages.",
+    "two-quantizers": "a pipeline must not have two stages that quantize weights.",
+    "prune-after-quantize": "prune before quantizing, because quantized weights cannot be pruned.",
+    "heal-after-quantize": "quantized weights need heal with `backbone: scales` or `codes`.",
     "scales-are-packing": "`backbone: scales` needs packed weights whose scales are not packed.",
     "codes-are-grids": "`backbone: codes` needs integer grids: int8, int6, int4, int3 or int2.",
-    "gate-after-quantize": "packed weights cannot be trained with gates: put the gate stage first.",
-    "prune-after-gate": "prune first, because gates are calibrated for the pruned model.",
-    "heal-after-gate": "heal first, because gates are calibrated for the healed model.",
+    "gate-after-quantize": "quantized weights cannot be trained: put the gate stage first.",
+    "prune-after-gate": "prune before the gate stage, because gates are made for one model shape.",
+    "heal-after-gate": "heal before the gate stage, because gates are made for fixed weights.",
     "group-divides": "a quantization group must divide the inputs of every linear layer.",
     "whole-tiles": "sizes of packed weights must be multiples of the tiles that kernels read.",
-    "branches-need-gates": "gates tell which branches are skipped: add a gate stage before.",
+    "branches-need-gates": "gates decide which branches are skipped: add a gate stage first.",
     "budget-calibrated": "a budget must be at least the lowest budget of the gate stage.",
     "layout-known": "the stage finds weights by name, so it must support the model's family.",
     "heads-fit": "every KV group must keep the same number of heads, and the config must allow it.",
@@ -39,7 +39,7 @@ RULES: dict[str, str] = {
     "layers-fit": "dropped layers must exist, and at least one layer must stay.",
     "exclude": "the pipeline file excludes this combination.",
 }
-"""Rule -> the sentence that says why a stage may not come here, or why a cell is left out."""
+"""Rule -> why a stage may not come here, or why a variant is left out."""
 
 FORBIDDEN: dict[tuple[Role, Role], str] = {
     ("decode", "decode"): "two-decoders",
