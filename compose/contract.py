@@ -60,8 +60,8 @@ class DataSpec(BaseModel):
     )
 
     source: str = Field(default="calibration-text", min_length=1)
-    """Source of the text: an alias, a hub data set id, or a path to a .txt, .jsonl, .json or .xz
-    file, relative to the pipeline file."""
+    """Source of the text: a path to a .txt, .jsonl, .json or .xz file (relative to the pipeline
+    file), a hub data set id, or the name of a text that ships with gateskip."""
 
     mix: dict[str, Weight] = {}
     """Several sources of text with their weights, instead of one `source`, such as `{training-text:

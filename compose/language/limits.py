@@ -40,8 +40,8 @@ class Limit(_Section):
 
 class Limits(_Section):
     """Limits that stop the making of a model folder (a step) or the measurement of a variant (a
-    cell). If a limit stops a step or a cell, the results name the limit, and the run continues with
-    the others. `gateskip run --retry-failed` repeats the steps and cells that a limit stopped."""
+    cell). If a limit stops a process, the results name the limit, and the run continues with the
+    others. `gateskip run --retry-failed` repeats the work that a limit stopped."""
 
     step: Limit = Limit()
     """Limits for making one model folder, and for loading the folder again as a check."""

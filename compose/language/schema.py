@@ -124,8 +124,8 @@ class Model(_Section):
     """The model that the pipeline compresses."""
 
     source: Text
-    """The model to compress: an alias, a hub id, a local folder or a GGUF file (path relative to
-    the pipeline file)."""
+    """The model to compress: a Hugging Face hub id, a local folder or a GGUF file (path relative to
+    the pipeline file), or a short name such as `smollm2-135m-instruct`."""
 
     keep_blocks: bool = False
     """Whether the quantized weights of a GGUF file are kept as integers; by default, they are
@@ -184,7 +184,7 @@ class Matrix(BaseModel):
 
 
 class Search(_Section):
-    """The chains of stages that `gateskip search` may build, and how many of them it measures."""
+    """The sequences of stages that `gateskip search` tries, and how many of them it measures."""
 
     axes: dict[Text, Annotated[tuple[Choice, ...], Field(min_length=1)]] = {}
     """Choices for each axis of the search, written as in `matrix`. Without `axes`, the search uses
@@ -197,21 +197,22 @@ class Search(_Section):
     and numbers of layers around the values in `stages`."""
 
     probes: Count = 48
-    """Maximum number of chains of stages that are measured in the first round of a search."""
+    """Maximum number of sequences of stages that are measured in the first round of a search, on
+    little text."""
 
     batch: Count = 8
-    """Number of chains of stages that the search proposes at a time. After each batch, the results
-    decide which chains the search proposes next."""
+    """Number of sequences of stages that the search proposes at a time. After each batch, the
+    results decide which sequences of stages the search proposes next."""
 
     tokens: Annotated[int, Field(ge=2)] = 2048
-    """Number of tokens on which each chain is scored in the first round of a search. Each further
+    """Number of tokens on which each sequence of stages is scored in the first round. Each further
     round of a search scores four times as many tokens. The last round of a search runs the whole
     benchmark of the pipeline file."""
 
     finalists: Count = 6
-    """Number of chains of stages in the last round of a search. More chains enter the last round if
-    it is still uncertain whether they meet the bound, because their 95 % intervals include the
-    bound."""
+    """Number of sequences of stages that are measured with the whole benchmark, in the last round
+    of a search. The last round also measures sequences that may or may not keep to a limit such as
+    `--at-most-kl`, because their 95 % intervals include the limit."""
 
 
 class Sampling(_Section):
@@ -266,9 +267,9 @@ class Speed(_Section):
     """Further prompt lengths for which speed is measured, in tokens, with a batch size of 1."""
 
     prompts: Text | None = None
-    """Prompts that the model answers while its speed is measured: an alias or a JSON Lines file
-    that gives each prompt a category. Without `prompts`, the model continues ordinary text while
-    its speed is measured."""
+    """Prompts that the model answers while its speed is measured: a JSON Lines file that gives each
+    prompt a category, or the name of prompts that ship with gateskip. Without `prompts`, the model
+    continues ordinary text while its speed is measured."""
 
     prompts_per_category: Count | None = None
     """Number of prompts of each category that are used in one round; each round uses other prompts.
@@ -286,8 +287,8 @@ class OwnAnswers(_Section):
     """
 
     source: Text = "prompts"
-    """Source of the prompts that the dense model answers: an alias, a hub data set id, or a path.
-    """
+    """Source of the prompts that the dense model answers: a path, a hub data set id, or the name of
+    prompts that ship with gateskip."""
 
     prompts: Count = 16
     """Number of prompts that the dense model answers."""
@@ -355,12 +356,13 @@ class Lossless(_Section):
     drafts."""
 
     source: Text = "prompts"
-    """Source of the prompts for the lossless check: an alias, a hub data set id, or a path."""
+    """Source of the prompts for the lossless check: a path, a hub data set id, or the name of
+    prompts that ship with gateskip."""
 
 
 class Benchmark(_Section):
-    """How variants are measured. A variant (also called a cell) is the model after one chain of
-    stages."""
+    """How variants are measured. A variant (also called a cell) is a model that one sequence of
+    stages made."""
 
     baseline: Text = DENSE
     """The variant with which the speed and quality of all other variants are compared; by default,
@@ -457,8 +459,7 @@ class Pipeline(_Section):
     of a file."""
 
     search: Search | None = None
-    """The chains of stages that `gateskip search` may build; `gateskip run` ignores this section.
-    """
+    """The sequences of stages that `gateskip search` tries; `gateskip run` ignores this section."""
 
     benchmark: Benchmark = Benchmark()
     """How variants are measured."""

@@ -46,4 +46,4 @@ def as_markdown() -> str:
         cells = [verdicts[before, after] for after in uses]
         lines.append(f"| `{before}` | " + " | ".join(cells) + " |")
     named = [rule for rule in RULES if rule in verdicts.values()]
-    return "\n".join([*lines, "", *(f"- {rule}: {RULES[rule]}" for rule in named)])
+    return "\n".join([*lines, "", *(f"- Rule `{rule}`: {RULES[rule]}" for rule in named)])

@@ -139,9 +139,9 @@ class Speculate(DecodeStage):
 
     draft_model: str | None = Field(default=None, min_length=1)
     """Another model that drafts tokens: a folder or a GGUF file (path relative to the pipeline
-    file), an alias or a hub id. The draft model needs the same tokenizer as the pipeline's model,
-    and the same numbers of embeddings and logits. The draft model may be compressed. Gates and
-    drafts of the draft model itself are not used."""
+    file), a hub id or a short name. The draft model needs the same tokenizer as the pipeline's
+    model, and the same numbers of embeddings and logits. The draft model may be compressed. Gates
+    and drafts of the draft model itself are not used."""
 
     lookup: bool = True
     """Whether drafts are first looked up in the text: the decoder searches for an earlier
@@ -155,9 +155,9 @@ class Speculate(DecodeStage):
     verify_budget: float = Field(default=1.0, gt=0, le=1)
     """Share of the attention and MLP multiply-adds that is computed while drafted tokens are
     verified. With `verify_budget` below 1, the decoded text equals the text of a `skip` stage with
-    this budget. A pipeline file with `verify_budget` below 1 must also contain a `skip` stage with
-    this budget, because the two variants are compared. Unless `draft_budget` is given, drafting
-    uses the same budget as verification."""
+    the same `budget`. A pipeline file with `verify_budget` below 1 must also contain a `skip` stage
+    with the same `budget`, because the two variants are compared. Unless `draft_budget` is given,
+    drafting computes the same share as verification."""
 
     prompt_budget: PromptBudget = None
     """Share of the attention and MLP multiply-adds that is computed for prompt tokens, except the

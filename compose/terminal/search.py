@@ -70,18 +70,21 @@ def search_shown(
 
 def print_found(console: Console, result: SearchResult) -> None:
     """The finalists in a table, why others were dropped, and where the pipeline file is."""
-    title = f"{result.probed} of {len(result.space.candidates)} chains measured: {result.target}"
+    title = (
+        f"Measured {result.probed} of {len(result.space.candidates)} sequences of stages:"
+        f" {result.target}"
+    )
     names = [name for name in COLUMNS if any(_known(result, name, cell) for cell in _cells(result))]
     lines = [
         (_sign(result, cell), cell.name, *(_shown(result, name, cell) for name in names))
         for cell in _cells(result)
     ]
-    console.print(rich_table(text_table(("", "chain", *names), lines), title))
+    console.print(rich_table(text_table(("", "stages", *names), lines), title))
     console.print(
-        "* best chain   + best trade-off: no chain is better in all metrics", highlight=False
+        "* winner   + no other line is better in all limited and optimized metrics", highlight=False
     )
     if result.winner is not None and not result.winner.chain:
-        console.print("Only the baseline meets the bounds, and no chain does.", highlight=False)
+        console.print("Only the baseline itself keeps to the limits.", highlight=False)
     for chain, why in list(result.fates.items())[:FATES_SHOWN]:
         line = f"  {cell_name(chain)}: {why}"
         console.print(shown(line), highlight=False, soft_wrap=True)

@@ -62,8 +62,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="PROMPTS",
-            help="Prompts to answer: an alias, or a JSON Lines file that gives each prompt a"
-            " category.",
+            help="Prompts to answer: a JSON Lines file that gives each prompt a category, or the"
+            " name of prompts that ship with gateskip.",
         ),
     ] = None,
     limit: Annotated[

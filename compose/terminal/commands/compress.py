@@ -15,7 +15,8 @@ def compress(
     model: Annotated[
         str,
         typer.Argument(
-            help="The model to compress: an alias, a hub id, a folder or a GGUF file.",
+            help="The model to compress: a Hugging Face hub id, a folder, a GGUF file, or a short"
+            " name such as smollm2-135m-instruct.",
             metavar="MODEL",
         ),
     ],
@@ -67,9 +68,9 @@ def compress(
 ) -> None:
     """Make a model smaller and faster, and show how much quality it loses.
 
-    Without --bits and --at-most options, the result is the fastest variant that is shown to keep
-    its quality: its perplexity is at most 5 % higher than the original model's, and its answers to
-    test questions show no loss.
+    Without --bits and --at-most options, the result is the fastest variant with good quality: its
+    perplexity is at most 5 % higher than the original model's, and its answers to test questions
+    are not measurably worse.
     """
     from compose.recipes.compress import source_of
     from compose.recipes.recipe import Request, effort_of

@@ -158,7 +158,8 @@ def tune_draft(
         str,
         typer.Option(
             metavar="PROMPTS",
-            help="Prompts on which the speed of drafts is measured: an alias or a JSON Lines file.",
+            help="Prompts on which the speed of drafts is measured: a JSON Lines file, or the name"
+            " of prompts that ship with gateskip.",
         ),
     ] = "prompts",
     limit: Annotated[

@@ -48,9 +48,7 @@ ModelFolder = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(
-        metavar="FOLDER", help="The folder in which results and the models of all steps are stored."
-    ),
+    typer.Option(metavar="FOLDER", help="The folder in which runs store their results and models."),
 ]
 ExecutorName = Annotated[
     str,

@@ -61,8 +61,8 @@ class PickOptions:
         bool,
         typer.Option(
             "--by-estimate",
-            help="Compare the estimate of each quality metric with its bound; by default, the"
-            " worse end of its 95 % interval must meet the bound.",
+            help="Compare the estimate of each quality metric with its limit; by default, the"
+            " worse end of its 95 % confidence interval must be within the limit.",
         ),
     ] = False
     require_lossless: Annotated[

@@ -37,7 +37,8 @@ def new(
         str,
         typer.Option(
             metavar="MODEL",
-            help="The model to compress: an alias, a hub id, a folder or a GGUF file.",
+            help="The model to compress: a Hugging Face hub id, a folder, a GGUF file, or a short"
+            " name such as smollm2-135m-instruct.",
         ),
     ],
 ) -> None:
@@ -73,8 +74,8 @@ def plan(
         ),
     ] = False,
 ) -> None:
-    """List the models that a run of a pipeline file would make (steps), and the variants that it
-    would measure (cells)."""
+    """List the models that a run of a pipeline file would make, and the variants (combinations of
+    stages) that it would measure."""
     from compose.assets import default_cache
     from compose.outputs.run_folder import RunFolder
     from compose.planning.prepare import load_plan, model_shape
@@ -143,7 +144,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Make and measure all variants of a pipeline file; a variant (cell) is one combination of
+    """Make and measure all variants of a pipeline file; a variant is one combination of
     stages."""
     from compose.assets import default_cache
     from compose.mirror import Mirror
@@ -190,7 +191,8 @@ def search(
         typer.Option(
             metavar="MINUTES",
             min=0,
-            help="Time after which the search proposes no further chains of stages, in minutes.",
+            help="Time after which the search starts to measure no further sequence of stages, in"
+            " minutes.",
         ),
     ] = None,
     out: Out = Path("runs"),
@@ -199,7 +201,8 @@ def search(
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
-    """Find the chain of stages that is best in one metric and meets all bounds (docs/search.md)."""
+    """Find the sequence of stages that is best in one metric, within limits on size and quality
+    that the options set (docs/search.md)."""
     from compose.language.parse import load_pipeline
     from compose.processes.executors import make_executor
     from compose.search.target import make_target

@@ -56,7 +56,7 @@ def report(
 
 @with_pick_options
 def pick(run_dir: RunDir, *, options: PickOptions, as_json: AsJson = False) -> None:
-    """Show the best variant of a run that meets all bounds, such as a maximum size."""
+    """Show the best variant of a run within given limits, such as a maximum size."""
     from compose.terminal.show import cell_json, cell_text
 
     results = _results_of(run_dir)
@@ -98,7 +98,7 @@ def export(
         str | None,
         typer.Option(
             metavar="CELL",
-            help="The variant to export; by default, the best variant that meets the bounds.",
+            help="The variant to export; by default, the best variant within the given limits.",
         ),
     ] = None,
     options: PickOptions,
