@@ -218,7 +218,10 @@ class Scheduler:
         self._read()
         self._end_some()
         decoding = [answer for answer in self._active if answer.row.tokens]
-        self._steps.decode(decoding, self._waits)
+        if decoding and len(self._active) == 1:
+            self._steps.alone(decoding[0], self._waits)
+        else:
+            self._steps.together(decoding)
         self._end_some()
 
     def _read(self) -> None:

@@ -77,16 +77,20 @@ class Steps:
 
     # -- the next tokens -------------------------------------------------------------------------
 
-    def decode(self, answers: Sequence[Answer], interrupted: Callable[[], bool]) -> None:
-        """The next token of each row, or the next few. A row alone gets more, until `interrupted`
-        says that something else waits. Where the model fails, its rows end."""
-        skipping = [answer for answer in answers if answer.skips]
-        full = [answer for answer in answers if not answer.skips]
-        if len(answers) == 1 and self._has_calls(answers[0]):
-            self._guarded(lambda some: self._alone(some[0], interrupted), answers)
+    def together(self, answers: Sequence[Answer]) -> None:
+        """The next token of each row, or what is accepted of its draft. Where the model fails, the
+        rows of the pass end."""
+        self._guarded(self._full, [answer for answer in answers if not answer.skips])
+        self._guarded(self._skip, [answer for answer in answers if answer.skips])
+
+    def alone(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
+        """The next tokens of the only row, until `interrupted` says that something else waits: in
+        one native call, if its tokens can be chosen there."""
+        sampler = answer.request.sampler
+        if answer.greedy or (answer.request.logprobs is None and sampler.native):
+            self._guarded(lambda some: self._in_one_call(some[0], interrupted), [answer])
         else:
-            self._guarded(self._full, full)
-            self._guarded(self._skip, skipping)
+            self.together([answer])
 
     def _guarded(self, step: Callable[[Sequence[Answer]], None], answers: Sequence[Answer]) -> None:
         if not answers:
@@ -97,13 +101,8 @@ class Steps:
             for answer in answers:
                 answer.row.fail(error)
 
-    def _has_calls(self, answer: Answer) -> bool:
-        """Whether one native call can decode several tokens."""
-        sampler = answer.request.sampler
-        return answer.greedy or (answer.request.logprobs is None and sampler.native)
-
-    def _alone(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
-        """Some tokens of the only row, in one native call."""
+    def _in_one_call(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
+        """Some tokens of the only row."""
         model, before = self._model, self._model.usage.copy()
         limits = answer.phases.answer
         drafting = self._drafting_of(answer.draft, 1) if answer.drafts else None
