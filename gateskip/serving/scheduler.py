@@ -3,8 +3,9 @@
 One thread owns the decoder. It takes requests from a queue in their order, reads prompts in pieces
 beside rows that decode, and decodes all rows together. The tokens of a request are those that
 `Decoder.generate` gives for its prompt alone with the same settings, whatever runs beside it. In
-mode `speculate` they are those of mode `plain`, also with a sampler: such a request draws its
-tokens by its seed and is not drafted for.
+mode `speculate` they are those of mode `plain`, also with a sampler: a drafted token is accepted
+where it is the one that plain decoding draws by the seed. (`generate` accepts more of them, and
+keeps only the distribution.)
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ def test_alone(decoder: Decoder, serve: Callable[..., Scheduler], name: str) -> 
     assert (receipt.prompt_tokens, receipt.new_tokens) == (len(request.prompt), 20)
     budget = {"skip": request.skip and request.skip.budget, "speculate": None, "plain": None}
     assert receipt.budget == budget[request.mode] or name == "verified at a budget"
+    if name.startswith("drafts"):
+        assert 0 < receipt.accepted < receipt.drafted > receipt.looked_up
     assert (receipt.skipped is not None) == (request.mode == "skip" or "verified" in name)
 
 
