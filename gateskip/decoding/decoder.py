@@ -320,7 +320,7 @@ class Decoder:
                 started = time.perf_counter()
                 if drafting.weights == "model" and not all(row.ended for row in rows):
                     kind = self.skipping.kv_cache
-                    drafting.own_cache = DraftCache(drafting.model, rows, kind)
+                    drafting.own_cache = DraftCache.of(drafting.model, rows, kind)
                     stats.prefill_s += time.perf_counter() - started
                     started = time.perf_counter()
                 limits = phases.answer

@@ -46,15 +46,16 @@ class ServedRow(Row):
         self._unused: list[float] = []
 
     def fail(self, error: Exception) -> None:
-        """End the row."""
-        self.error, self.ended = error, True
+        """End the row, if it has not ended."""
+        if not self.ended:
+            self.error, self.ended = error, True
 
     def commit(self, tokens: Tokens) -> None:
         """As `Row.commit`; an exception ends the row."""
         try:
             super().commit(tokens)
         except Exception as error:
-            self.fail(error)
+            self.error, self.ended = error, True
 
     def uniform(self) -> float:
         """A number from 0 to 1 from the row's random stream."""

@@ -20,7 +20,7 @@ from typing import get_args
 import torch
 
 from gateskip.decoding.config import MAX_DRAFT, DraftConfig
-from gateskip.decoding.decoder import NO_NETWORK, Decoder, Mode
+from gateskip.decoding.decoder import NO_MODEL, NO_NETWORK, Decoder, Mode
 from gateskip.decoding.draft_models import Weights
 from gateskip.decoding.prefill import PIECE
 from gateskip.runtime.skipping import is_full
@@ -39,7 +39,6 @@ from gateskip.serving.steps import Steps
 
 log = logging.getLogger(__name__)
 BESIDE = 256  # prompt tokens that are read between two steps of rows that decode
-BY_MODEL = "another model cannot draft for many requests: choose other draft weights"
 
 
 class Ticket:
@@ -72,16 +71,17 @@ class Scheduler:
         """
         if decoder.skipping.engine is None:
             raise ValueError(f"backend {decoder.backend!r}: many requests need the backend native")
-        positions = decoder.skipping.model.config.max_position_embeddings - MAX_DRAFT
-        limits = replace(limits, context=min(limits.context, positions))
-        self._slots = Slots(decoder.skipping, limits)
+        models = [one for one in (decoder.skipping, decoder.draft_model) if one is not None]
+        positions = min(one.model.config.max_position_embeddings for one in models)
+        limits = replace(limits, context=min(limits.context, positions - MAX_DRAFT))
+        self._slots = Slots(decoder.skipping, limits, decoder.draft_model)
         self.limits = replace(limits, rows=self._slots.cache.batch)
         self._decoder, self._steps = decoder, Steps(decoder, self._slots)
         self._changed = threading.Condition()
         self._queue = deque[Answer]()
         self._active = list[Answer]()  # the last one may still read its prompt
         self._draining = self._closing = False
-        self._thread: threading.Thread | None = None
+        self._thread: int | None = None  # that runs the loop
         self._number = 0
         self._ended = Counter[FinishReason]()
         self._sums = Sums()
@@ -116,9 +116,10 @@ class Scheduler:
             self._changed.notify_all()
 
     def start(self) -> None:
-        """Run the loop in a thread of its own."""
-        self._thread = threading.Thread(target=self.run, name="gateskip-scheduler", daemon=True)
-        self._thread.start()
+        """Call `run` in a thread of its own."""
+        threading.Thread(target=self.run, name="gateskip-scheduler", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._thread is not None or self._closing)
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests, and wait until all have ended; whether they have in time."""
@@ -127,14 +128,15 @@ class Scheduler:
             return self._changed.wait_for(lambda: not (self._queue or self._active), timeout_s)
 
     def close(self) -> None:
-        """End the loop, and cancel what has not ended."""
+        """End the loop soon, and cancel what has not ended. Waits for that, except in the loop's
+        thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        else:
-            self._end_all()
+            if self._thread == threading.get_ident():
+                return
+            self._changed.wait_for(lambda: self._thread is None)
+        self._end_all()
 
     def snapshot(self) -> Snapshot:
         """Counts and state."""
@@ -155,7 +157,7 @@ class Scheduler:
                 accepted=sums.accepted,
                 looked_up=sums.looked_up,
                 skipped=1 - sums.computed / sums.whole if sums.whole else None,
-                cache_bytes=self._slots.cache.nbytes(),
+                cache_bytes=self._slots.nbytes(),
                 cached_tokens=self._slots.cached_tokens(),
                 first_token_s=times,
             )
@@ -188,14 +190,17 @@ class Scheduler:
             raise ValueError(f"draft_weights {weights!r}: one of {names}")
         if weights == "learned" and decoder.network is None:
             raise ValueError(NO_NETWORK)
-        if weights == "model" or (weights is None and decoder.draft_model is not None):
-            raise ValueError(BY_MODEL)
+        if weights == "model" and decoder.draft_model is None:
+            raise ValueError(NO_MODEL)
         decoder.thresholds(draft.budget)
 
     # -- the loop --------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Answer requests until `close`; one thread runs this."""
+        with self._changed:
+            self._thread = threading.get_ident()
+            self._changed.notify_all()
         self._decoder.skipping.gated = True
         with torch.inference_mode():
             while self._wait():
@@ -206,6 +211,9 @@ class Scheduler:
                     for answer in self._active:
                         answer.row.fail(error)
         self._end_all()
+        with self._changed:
+            self._thread = None
+            self._changed.notify_all()
 
     def _wait(self) -> bool:
         """Wait for work; whether the loop goes on."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from gateskip.decoding.config import MAX_DRAFT
+from gateskip.decoding.draft_cache import DraftCache
 from gateskip.decoding.prefill import PIECE
 from gateskip.runtime.kv_cache import EVEN, KVCache
 from gateskip.runtime.skipping import SkippingModel
@@ -38,13 +39,19 @@ class Slot:
 class Slots:
     """The rows of a cache: see above."""
 
-    def __init__(self, model: SkippingModel, limits: ServeLimits) -> None:
-        """Raises ValueError where the memory is too small for one row."""
-        self._capacity = limits.context + MAX_DRAFT
+    def __init__(
+        self, model: SkippingModel, limits: ServeLimits, draft_model: SkippingModel | None = None
+    ) -> None:
+        """A draft model has a cache of its own. Raises ValueError where the memory is too small
+        for one row."""
+        capacity = limits.context + MAX_DRAFT
         self._prefixes = limits.prefixes
         self._any_pieces = model.any_pieces
-        rows = rows_that_fit(model, limits, self._capacity)
-        cache = model.new_cache(rows, self._capacity)
+        rows = rows_that_fit(model, limits, capacity, draft_model)
+        cache = model.new_cache(rows, capacity)
+        self.draft_cache: DraftCache | None = None
+        if draft_model is not None:
+            self.draft_cache = DraftCache(draft_model, rows, capacity, model.kv_cache)
         assert isinstance(cache, KVCache), "rows of other caches cannot be shared"
         self.cache = cache
         if model.gates is not None:  # budget control of any row writes here
@@ -77,6 +84,8 @@ class Slots:
         if shared and slot is not source:
             self.cache.copy_row(source.number, slot.number, shared)
         self.cache.reached[slot.number] = shared
+        if self.draft_cache is not None:
+            self.draft_cache.begin(slot.number, source.number, shared)
         if self.cache.drift is not None:
             self.cache.drift[slot.number, shared:] = 0
         slot.prompt, slot.settings, slot.read, slot.busy = prompt, settings, shared, True
@@ -89,6 +98,11 @@ class Slots:
         kept = sorted((s for s in self._slots if not s.busy), key=lambda s: -s.released)
         for old in [slot] * forget + [s for s in kept if s.read][self._prefixes :]:
             old.prompt, old.read = (), 0
+
+    def nbytes(self) -> int:
+        """Memory of the caches, in bytes."""
+        drafts = 0 if self.draft_cache is None else self.draft_cache.cache.nbytes()
+        return self.cache.nbytes() + drafts
 
     def cached_tokens(self) -> int:
         """Tokens whose keys and values are kept."""
@@ -108,7 +122,9 @@ class Slots:
         return shared if self._any_pieces else shared // PIECE * PIECE
 
 
-def rows_that_fit(model: SkippingModel, limits: ServeLimits, capacity: int) -> int:
+def rows_that_fit(
+    model: SkippingModel, limits: ServeLimits, capacity: int, draft_model: SkippingModel | None
+) -> int:
     """Rows of a cache that keeps the limits.
 
     Raises ValueError where the memory is too small for one.
@@ -117,6 +133,9 @@ def rows_that_fit(model: SkippingModel, limits: ServeLimits, capacity: int) -> i
         return limits.rows
     tracked = 0 if model.gates is None else 8 * -(-capacity // EVEN) * EVEN
     each = model.cache_bytes(1, capacity) + tracked
+    if draft_model is not None:
+        with draft_model.keeping(model.kv_cache):
+            each += draft_model.cache_bytes(1, capacity)
     if each > limits.cache_bytes:
         raise ValueError(
             f"cache_bytes {limits.cache_bytes}: one row of {limits.context} tokens needs {each}"

@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gateskip.decoding.config import DraftConfig
 from gateskip.decoding.decoder import IN_ONE_CALL, Decoder
 from gateskip.decoding.draft_length import MAX_ROUNDS
 from gateskip.decoding.prefill import commit_next
@@ -24,6 +23,7 @@ from gateskip.model.compute import branch_costs
 from gateskip.runtime.backend import Round, SampleRequest, Verified
 from gateskip.runtime.budget_control import BudgetControl, RowThresholds
 from gateskip.serving.answers import Answer
+from gateskip.serving.drafts import Drafts, ready, steps_before
 from gateskip.serving.slots import Slots
 
 AT_ONCE_S = 0.05  # that rounds of one row in one call may take, so that others join soon
@@ -36,7 +36,7 @@ class Steps:
         self._decoder, self._model, self._slots = decoder, decoder.skipping, slots
         self._cache = slots.cache
         self._costs = branch_costs(self._model.model)
-        self._draftings: dict[tuple[DraftConfig, int], Drafting | None] = {}
+        self._drafts = Drafts(decoder, slots)
         self._round_s = AT_ONCE_S  # seconds of a round of one row
 
     # -- prompts ---------------------------------------------------------------------------------
@@ -99,14 +99,17 @@ class Steps:
 
     def _alone(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
         model, limits, before = self._model, answer.phases.answer, self._model.usage.copy()
-        drafting = self._drafting_of(answer.draft, 1) if answer.drafts else None
+        drafting = self._drafts.of(answer.draft, 1) if answer.drafts else None
         if drafting is not None and not model.speculates(limits):
             drafting = None
+        while drafting is not None and not ready(drafting, answer.row):
+            if interrupted():
+                return
         if drafting is not None and answer.greedy and drafting.native():
             self._speculate(answer, drafting)
         elif answer.native and (drafting is None or answer.skips):
             self._sample(answer, interrupted, IN_ONE_CALL)
-        elif answer.native and drafting is not None and (steps := _steps_before_draft(drafting)):
+        elif answer.native and drafting is not None and (steps := steps_before(drafting)):
             begun = time.perf_counter()
             steps = self._sample(answer, interrupted, steps)
             drafting.observe(Round([Verified(0, 0)], 0.0, time.perf_counter() - begun, steps))
@@ -145,7 +148,7 @@ class Steps:
     def _full(self, answers: Sequence[Answer]) -> None:
         """One pass of rows at full compute, over the last token and the draft of each."""
         rows, begun = [answer.row for answer in answers], time.perf_counter()
-        drafts, draftings = self._drafts(answers)
+        drafts, draftings = self._drafts.make(answers)
         drafted = time.perf_counter()
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         passed = (tokens, self._cache, [row.number for row in rows], [row.slot for row in rows])
@@ -166,8 +169,9 @@ class Steps:
                 outcomes.append(self._draw(answer, drafts[i], logits[i]))
             row.state = of_row[outcomes[i].accepted]
         for drafting, places in draftings:
-            done = [outcomes[i] for i in places]
-            drafting.observe(Round(done, drafted - begun, verify_s))
+            for i in places:
+                drafting.verified(rows[i].number, passed[3][i], outcomes[i])
+            drafting.observe(Round([outcomes[i] for i in places], drafted - begun, verify_s))
 
     def _draw(self, answer: Answer, draft: Draft, logits: Tensor) -> Verified:
         """Commit tokens of a row that is not greedy, of logits [K + 1, V] after its last token and
@@ -180,35 +184,6 @@ class Steps:
                 break
             accepted += 1
         return _outcome(answer, draft, accepted)
-
-    def _drafts(self, answers: Sequence[Answer]) -> tuple[list[Draft], list[_Drafted]]:
-        """A draft for each row, and who drafted for which rows. Rows that may draft do so where
-        they are most of the pass: a longer pass delays the others."""
-        drafts = [Draft(0) for _ in answers]
-        places = [i for i, answer in enumerate(answers) if answer.drafts]
-        if 2 * len(places) < len(answers):
-            return drafts, []
-        groups = dict[DraftConfig, list[int]]()
-        for i in places:
-            groups.setdefault(answers[i].draft, []).append(i)
-        draftings = list[_Drafted]()
-        for config, some in groups.items():
-            drafting = self._drafting_of(config, len(answers))
-            if drafting is None:
-                continue
-            made = drafting.make([answers[i].row for i in some], GREEDY, self._cache)
-            for i, draft in zip(some, made, strict=True):
-                drafts[i] = draft
-            draftings.append((drafting, some))
-        return drafts, draftings
-
-    def _drafting_of(self, config: DraftConfig, rows: int) -> Drafting | None:
-        """The drafting of a pass. Its measured costs are those of passes of up to twice as few
-        rows."""
-        key = (config, 1 << (rows - 1).bit_length())
-        if key not in self._draftings:
-            self._draftings[key] = self._decoder.drafting(*key)
-        return self._draftings[key]
 
     def _skip(self, answers: Sequence[Answer]) -> None:
         """One pass of rows that skip, each by its own thresholds."""
@@ -268,10 +243,6 @@ class Steps:
             row.fail(error)
 
 
-_Drafted = tuple[Drafting, list[int]]
-"""A drafting, and the places of the rows for which it drafted."""
-
-
 def _verify(answer: Answer, draft: Draft, target: Sequence[int]) -> Verified:
     """Commit the accepted tokens of a greedy row's draft, and the one that follows them."""
     row = answer.row
@@ -284,9 +255,3 @@ def _outcome(answer: Answer, draft: Draft, accepted: int) -> Verified:
     outcome = Verified(len(draft.tokens), accepted, draft.looked_up, draft.probabilities)
     answer.count_draft(outcome)
     return outcome
-
-
-def _steps_before_draft(drafting: Drafting) -> int:
-    """Plain steps until a draft is tried again; 0 where one is made now."""
-    drafted, looked_up, rounds, _ = drafting.lengths()
-    return 0 if drafted or looked_up else rounds

@@ -248,7 +248,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mode": "skip", "skip": SkipConfig(budget=0.1)}, "0.1"),
     ({"mode": "skip", "skip": SkipConfig(prompt="full", answer="full")}, "skip nothing"),
     ({"mode": "speculate", "draft": DraftConfig(weights="learned")}, "no draft network"),
-    ({"mode": "speculate", "draft": DraftConfig(weights="model")}, "another model"),
+    ({"mode": "speculate", "draft": DraftConfig(weights="model")}, "no draft model"),
     ({"mode": "speculate", "draft": DraftConfig(budget=0.1)}, "0.1"),
 ]
 

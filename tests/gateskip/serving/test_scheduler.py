@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from served import LIMITS, SETTINGS, Listener, expected, ids, request_of
+from served import LIMITS, SETTINGS, WARM, Listener, expected, ids, request_of
+from tiny_models import first_layers
 
+import gateskip
 from gateskip.decoding import prefill
+from gateskip.decoding.config import DraftConfig
 from gateskip.decoding.decoder import Decoder
 from gateskip.kernels import ops
-from gateskip.serving import slots
+from gateskip.serving import drafts, slots
 from gateskip.serving.requests import Request
 from gateskip.serving.scheduler import Scheduler
 
@@ -128,3 +132,65 @@ def test_other_settings_share_no_prefix(
         scheduler.submit(Request(prompt=prompt, max_new_tokens=4, **SETTINGS[name]), heard)
         shares = decoder.skipping.any_pieces and name in ("drafts", "skip more")
         assert heard.end.receipt.reused_tokens == 89 * shares
+
+
+def test_another_model_drafts(
+    tiny_llama: Path,
+    serve: Callable[..., Scheduler],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Its cache has the texts of all rows, also of rows that took over another one's prefix, or
+    were not drafted for before."""
+    monkeypatch.setattr(drafts, "CAUGHT_UP", 24)
+    folder = first_layers(tiny_llama, tmp_path / "model", 2)
+    decoder = gateskip.load(tiny_llama, "float32", "native", draft_model=folder)
+    monkeypatch.setattr(prefill, "PIECE", 64)
+    monkeypatch.setattr(slots, "PIECE", 64)
+    system = ids(70, 1)
+    texts = [system, ids(9, 2), system + ids(30, 3), system + ids(60, 3), ids(40, 5)]
+    config = DraftConfig(length=4)
+    how: list[dict[str, Any]] = [{"mode": "speculate", "draft": config}, {}]
+    how += [how[0] | {"sampler": WARM, "seed": 2}, how[0]]
+    for rows in (1, 3):
+        scheduler = serve(decoder, replace(LIMITS, rows=rows))
+        requests = [Request(prompt=text, max_new_tokens=24, **way) for text in texts for way in how]
+        heard = [Listener() for _ in requests]
+        for request, listener in zip(requests, heard, strict=True):
+            scheduler.submit(request, listener)
+        assert scheduler.drain(60)
+        assert [listener.tokens for listener in heard] == [expected(decoder, r) for r in requests]
+        seen = scheduler.snapshot()
+        assert seen.accepted > 10 and seen.reused_tokens > 0
+
+
+def test_a_model_that_drafts_for_itself_is_always_right(
+    tiny_llama: Path, serve: Callable[..., Scheduler]
+) -> None:
+    """A token missing or left over in its cache would change a draft."""
+    decoder = gateskip.load(tiny_llama, "float32", "native", draft_model=tiny_llama)
+    config = DraftConfig(length=4, lookup=False)
+    scheduler, heard = serve(decoder), [Listener() for _ in range(6)]
+    for seed, listener in enumerate(heard):
+        request = Request(
+            prompt=ids(30, seed % 4), max_new_tokens=20 + seed, mode="speculate", draft=config
+        )
+        scheduler.submit(request, listener)
+    assert scheduler.drain(60)
+    receipts = [listener.end.receipt for listener in heard]
+    assert all(receipt.accepted == receipt.drafted > 10 for receipt in receipts)
+
+
+def test_keys_and_values_in_8_bits(
+    make_decoder: Callable[[str], Decoder], serve: Callable[..., Scheduler]
+) -> None:
+    decoder = make_decoder("llama-int8")
+    with decoder.skipping.keeping("int8"):
+        scheduler = serve(decoder)
+        system = ids(70, 1)
+        for text in (system, system + ids(9, 2), system + ids(30, 3), ids(90, 4)):
+            request, heard = Request(prompt=text, max_new_tokens=12), Listener()
+            scheduler.submit(request, heard)
+            assert heard.end.reason == "length" and heard.tokens == expected(decoder, request)
+    if decoder.skipping.any_pieces:
+        assert scheduler.snapshot().reused_tokens == 140
