@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from gateskip.decoding.phases import FULL
 from gateskip.decoding.prefill import cache_capacity, fill
 from gateskip.decoding.rows import Row, Tokens
-from gateskip.runtime.kv_cache import KVFormat
+from gateskip.runtime.kv_cache import KVCache, KVFormat
 from gateskip.runtime.skipping import SkippingModel
+
+FEW = 16  # missing tokens that pass with the next draft step
 
 
 class DraftCache:
@@ -19,18 +23,48 @@ class DraftCache:
     Rejected tokens are overwritten.
     """
 
-    def __init__(self, model: SkippingModel, rows: Sequence[Row], kv_cache: KVFormat) -> None:
-        """Prefills the prompts. Raises ValueError where the draft model has fewer positions."""
+    def __init__(self, model: SkippingModel, batch: int, capacity: int, kv_cache: KVFormat) -> None:
+        """Empty, for that many rows and positions. Raises ValueError where the draft model has
+        fewer positions."""
         self.model = model
-        longest = max(len(row.prompt) for row in rows)
         try:
             with model.keeping(kv_cache):
-                capacity = cache_capacity(longest, rows[0].stops.limit)
-                self.cache = model.new_cache(len(rows), capacity)
+                self.cache = model.new_cache(batch, capacity)
         except ValueError as error:
             raise ValueError(f"the draft model: {error}") from error
-        fill(model, rows, self.cache, FULL)
-        self._read = [len(row.prompt) for row in rows]  # tokens of each row's text in the cache
+        self._read = [0] * batch  # tokens of each row's text in the cache
+
+    @classmethod
+    def of(cls, model: SkippingModel, rows: Sequence[Row], kv_cache: KVFormat) -> DraftCache:
+        """A cache that has the prompts of rows."""
+        longest = max(len(row.prompt) for row in rows)
+        cache = cls(model, len(rows), cache_capacity(longest, rows[0].stops.limit), kv_cache)
+        fill(model, rows, cache.cache, FULL)
+        cache._read = [len(row.prompt) for row in rows]
+        return cache
+
+    def begin(self, row: int, source: int, count: int) -> None:
+        """Let a row have no more than the first `count` tokens that another row, or itself, has."""
+        cache = self.cache
+        assert isinstance(cache, KVCache), "rows of other caches cannot be shared"
+        count = min(count, self._read[source])
+        count = count if cache.remembers(source, count) else 0
+        if row != source:
+            cache.copy_row(source, row, count)
+        self._read[row] = cache.reached[row] = count
+
+    def prefill(self, row: Row, most: int) -> bool:
+        """Read up to `most` of a row's missing tokens; whether a draft can read what is left."""
+        first, missing = self._read[row.number], self.missing(row)[:-1]
+        if len(missing) <= FEW:
+            return True
+        cache, part = self.cache, missing[:most]
+        assert isinstance(cache, KVCache), "rows of other caches cannot be read alone"
+        with cache.alone(row.number) as alone:
+            ids = torch.tensor([part], device=self.model.device)
+            self.model.forward(ids, alone, [first])
+        self._read[row.number] += len(part)
+        return len(part) == len(missing)
 
     def missing(self, row: Row) -> Tokens:
         """The tokens of a row that the cache lacks, and the last one, which is in no cache yet."""

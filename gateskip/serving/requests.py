@@ -36,6 +36,10 @@ class ServeLimits:
     prefixes: int = 8
     """Most finished rows whose keys and values are kept for requests that begin alike."""
 
+    def __post_init__(self) -> None:
+        if min(self.rows, self.context, self.queue) < 1 or self.prefixes < 0:
+            raise ValueError("rows, context and queue must be at least 1, and prefixes at least 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
