@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from compose.serve.answer import Answer, Inbox, Piece
+from compose.serve.answer import Answer, Inbox, Piece, TokenLogprob
 from compose.serve.errors import ApiError, invalid
 from compose.serve.shapes import JSON, Envelope, Shape, ended, receipt_of, usage
 from gateskip.serving.requests import (
     Draining,
+    Event,
     Finished,
     OnEvent,
     QueueFull,
@@ -84,7 +85,7 @@ class Generation:
     async def whole(self) -> JSON:
         """The whole answer."""
         texts = [""] * len(self._answers)
-        tokens: list[list] = [[] for _ in self._answers]
+        tokens: list[list[TokenLogprob]] = [[] for _ in self._answers]
         async for answer, piece in self._pieces():
             texts[answer.index] += piece.text
             tokens[answer.index] += piece.logprobs
@@ -124,17 +125,17 @@ class Generation:
                     _check(piece.finished)
                 yield answer, piece
 
-    def _taken(self, events: Sequence[tuple[int, object]]) -> Iterator[int]:
+    def _taken(self, events: Sequence[tuple[int, Event]]) -> Iterator[int]:
         """Give the answers their events; the numbers of these answers."""
         for number, event in events:
-            self._answers[number].add(event)  # type: ignore[arg-type]
+            self._answers[number].add(event)
         yield from dict.fromkeys(number for number, _ in events)
 
     @property
     def _shape(self) -> Shape:
         return self._envelope.shape
 
-    def _of(self, logprobs: list) -> list | None:
+    def _of(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob] | None:
         return None if self._requests[0].logprobs is None else logprobs
 
     def _all_ended(self) -> bool:

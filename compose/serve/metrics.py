@@ -116,7 +116,7 @@ class _Collector:
         yield self._by("statuses", "status", "HTTP responses by status; 499: the client left")
         yield self._first_tokens()
 
-    def _filled(self, family: Any, name: str) -> Metric:
+    def _filled(self, family: CounterMetricFamily | GaugeMetricFamily, name: str) -> Metric:
         for replica, counts in self._replicas.items():
             if counts[name] is not None:
                 family.add_metric([replica], counts[name])

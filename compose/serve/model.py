@@ -48,6 +48,7 @@ class ServedModel:
         # Tokenizers are not safe in several threads: the scheduler has the decoder's own.
         self.tokenizer = copy.deepcopy(self.decoder.tokenizer)
         self._encoder = copy.deepcopy(self.decoder.tokenizer)
+        self._encoder.model_max_length = 1 << 60  # no warning: longer prompts are refused
         self._settings_of = lru_cache(maxsize=256)(self._decode_settings)
 
     def _limits(self, settings: ServeSettings) -> ServeLimits:

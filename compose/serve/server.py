@@ -8,9 +8,10 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -86,9 +87,9 @@ class ModelServer(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _beside(work: object) -> AsyncIterator[None]:
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run a coroutine for as long as the context lasts."""
-    task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    task = asyncio.create_task(work)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The port: keys, hosts, the queue's bound, clients that leave, stopping, and malformed requests."""
+"""The port: keys, hosts, a full queue, clients that leave, stopping, malformed requests."""
 
 from __future__ import annotations
 
