@@ -132,6 +132,16 @@ class Decoder:
         """
         return self._phases(SkipConfig(budget=budget, **settings))
 
+    def phases_of(self, mode: Mode, skip: SkipConfig, draft: DraftConfig) -> Phases:
+        """The limits of one call of `generate`.
+
+        Raises ValueError as `phases` does.
+        """
+        if mode != "skip" and draft.verify_budget == 1.0 and skip.prompt_budget is None:
+            return FULL
+        budgets = {"skip": skip.budget, "plain": 1.0, "speculate": draft.verify_budget}
+        return self._phases(replace(skip, budget=budgets[mode]))
+
     def _phases(self, skip: SkipConfig) -> Phases:
         check_phases(skip.prompt, skip.answer, skip.prompt_budget)
         model, budgets = self.skipping, self._budgets
@@ -294,13 +304,10 @@ class Decoder:
         )
         rows = [Row(i, list(p), stops, seed, on_token) for i, p in enumerate(prompts)]
         stats = Stats(prompt_tokens=sum(map(len, prompts)))
-        phases = FULL
-        if mode == "skip" or draft.verify_budget < 1.0 or skip.prompt_budget is not None:
-            budgets = {"skip": skip.budget, "plain": 1.0, "speculate": draft.verify_budget}
-            phases = self._phases(replace(skip, budget=budgets[mode]))
+        phases = self.phases_of(mode, skip, draft)
         drafting = None
         if mode == "speculate":
-            drafting = self._drafting(draft, len(prompts))
+            drafting = self.drafting(draft, len(prompts))
             stats.draft_weights = "none" if drafting is None else drafting.weights
         self.skipping.gated = target == "gated"  # after copies were made, whose text is gated
         used: dict[Phase, Usage] = {}
@@ -322,9 +329,12 @@ class Decoder:
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         return Generation([row.tokens for row in rows], stats, used)
 
-    def _drafting(self, draft: DraftConfig, batch: int) -> Drafting | None:
-        """The drafting of one call; None for plain decoding where no draft is faster on this
-        machine."""
+    def drafting(self, draft: DraftConfig, batch: int) -> Drafting | None:
+        """The drafting of `batch` rows together; None for plain decoding where no draft is faster
+        on this machine.
+
+        Raises ValueError as `prepare_drafts` does.
+        """
         weights, length = self._weights(draft.weights), draft.length
         pays = weights != "own" or draft.budget < 1.0  # else the draft is the model itself
         if weights == "auto":

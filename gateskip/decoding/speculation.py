@@ -238,7 +238,7 @@ def speculate(
     in_one_call = sampler.native and model.speculates(limits) and drafting.native()
     while live := [row for row in rows if not row.ended]:
         if in_one_call and len(live) == 1:
-            rounds = _rounds_of(model, live[0], drafting, sampler, cache, limits)
+            rounds = rounds_of_row(model, live[0], drafting, sampler, cache, limits)
         else:
             rounds = [_round(model, live, drafting, sampler, cache, limits)]
         for done in rounds:
@@ -246,13 +246,14 @@ def speculate(
             stats.add_round(done)
 
 
-def _rounds_of(
+def rounds_of_row(
     model: SkippingModel,
     row: Row,
     drafting: Drafting,
     sampler: Sampler,
     cache: Cache,
     limits: Limits,
+    max_rounds: int = MAX_ROUNDS,
 ) -> list[Round]:
     """Some rounds of one row in one native call."""
     assert row.state is not None, "prefill keeps each row's state"
@@ -264,7 +265,7 @@ def _rounds_of(
         token=row.last,
         state=row.state,
         left=row.stops.limit - len(row.tokens),
-        max_rounds=rounds,
+        max_rounds=min(rounds, max_rounds),
         max_drafts=drafts,
         draft_length=drafted,
         limit=drafting.limit(),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -300,6 +301,33 @@ class KVCache:
         both = (scales[0], scales[1])
         drift = None if self.drift is None else self.drift[chosen]
         return KVCache(keys, values, self.rope, self.windows, reached, both, self.dtype, drift)
+
+    @contextmanager
+    def alone(self, row: int) -> Iterator[KVCache]:
+        """A cache of one row, which shares this one's memory."""
+        one = slice(row, row + 1)
+        keys, values = ([part[one] for part in store] for store in (self.keys, self.values))
+        key_scales, value_scales = (
+            None if scales is None else [part[one] for part in scales] for scales in self.scales
+        )
+        scales, drift = (key_scales, value_scales), None if self.drift is None else self.drift[one]
+        reached = [self.reached[row]]
+        cache = KVCache(keys, values, self.rope, self.windows, reached, scales, self.dtype, drift)
+        yield cache
+        self.reached[row] = cache.reached[0]
+
+    def copy_row(self, source: int, target: int, count: int) -> None:
+        """Copy a row's first `count` positions, of which no layer has overwritten any."""
+        for store in (self.keys, self.values, *self.scales):
+            for part in store or ():
+                part[target, :, :count] = part[source, :, :count]
+        if self.drift is not None:
+            self.drift[target, :count] = self.drift[source, :count]
+        self.reached[target] = count
+
+    def remembers(self, row: int, count: int) -> bool:
+        """Whether all layers still have a row's first `count` positions."""
+        return max(self.reached[row], count) <= min(self.slots)
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""

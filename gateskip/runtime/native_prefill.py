@@ -81,6 +81,16 @@ class NativeOperations:
         return self.native_products and ops.prefill_units() == PrefillUnits.VECTORS
 
     @cached_property
+    def any_pieces(self) -> bool:
+        """Whether a prompt has the same bits in pieces of any sizes: its products are the kernels',
+        by 8-bit activations, and so is its attention. Products of other libraries may add up in
+        another order for another number of rows."""
+        products = self.int8_activations and all(
+            map(self._multiplies, range(len(self._has_products)))
+        )
+        return products and ops.attends() and not self.model.head_dim % CHANNELS
+
+    @cached_property
     def _packed(self) -> Literal["all", "some", "none"]:
         """How many of the branches' weights are packed."""
         packed = [isinstance(part, PackedLinear) for part in self._linears]

@@ -153,6 +153,12 @@ class SkippingModel:
         """The compiled kernels' view of the model, where the backend is `native`."""
         return self.backend.engine if isinstance(self.backend, NativeBackend) else None
 
+    @property
+    def any_pieces(self) -> bool:
+        """Whether prompts have the same bits in pieces of any sizes."""
+        backend = self.backend
+        return isinstance(backend, NativeBackend) and backend.operations.any_pieces
+
     def limits(self, budgets: Budgets, budget: float, per_row: bool = False) -> Limits:
         """Limits that keep a calibrated budget, for each row with `per_row`; None for full compute.
 

@@ -1,0 +1,137 @@
+"""The rows of one KV cache that many requests share, and the prompts that they still have.
+
+A finished row's keys and values stay until another request needs the row. A prompt that begins
+alike reuses them, if they have the bits that reading it would give: they were read as a prompt, in
+the same pieces where the bits depend on pieces, and skipped alike. Keys and values of answers are
+read anew, since decoding computes them in another arithmetic than prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gateskip.decoding.config import MAX_DRAFT
+from gateskip.decoding.prefill import PIECE
+from gateskip.runtime.kv_cache import EVEN, KVCache
+from gateskip.runtime.skipping import SkippingModel
+from gateskip.serving.requests import ServeLimits
+
+
+@dataclass
+class Slot:
+    """A row of the cache."""
+
+    number: int
+    prompt: tuple[int, ...] = ()
+    read: int = 0
+    """Tokens of the prompt whose keys and values the row has, as prefill computes them."""
+    settings: Hashable = None
+    """How they skipped; None for full compute."""
+    busy: bool = False
+    released: int = 0
+    """How many rows had been released before it."""
+
+
+class Slots:
+    """The rows of a cache: see above."""
+
+    def __init__(self, model: SkippingModel, limits: ServeLimits) -> None:
+        """Raises ValueError where the memory is too small for one row."""
+        self._capacity = limits.context + MAX_DRAFT
+        self._prefixes = limits.prefixes
+        self._any_pieces = model.any_pieces
+        rows = rows_that_fit(model, limits, self._capacity)
+        cache = model.new_cache(rows, self._capacity)
+        assert isinstance(cache, KVCache), "rows of other caches cannot be shared"
+        self.cache = cache
+        if model.gates is not None:  # budget control of any row writes here
+            sizes = (rows, cache.capacity)
+            cache.drift = torch.zeros(sizes, dtype=torch.long, device=model.device)
+        self._slots = [Slot(number) for number in range(rows)]
+        self._released = 0
+
+    @property
+    def free(self) -> bool:
+        """Whether a row is free."""
+        return not all(slot.busy for slot in self._slots)
+
+    def piece(self, read: int, most: int) -> int:
+        """Tokens of the next piece of a prompt; `most` is a wish where bits depend on pieces."""
+        return most if self._any_pieces else PIECE - read % PIECE
+
+    def take(self, prompt: tuple[int, ...], settings: Hashable) -> Slot:
+        """A free row for a prompt; `read` tells how many of its tokens the row has already. At
+        least the last token is read anew: an answer begins with its final state."""
+        free = [slot for slot in self._slots if not slot.busy]
+        sources = [(self._shared(slot, prompt, settings), slot) for slot in self._slots]
+        shared, source = max(sources, key=lambda pair: (pair[0], not pair[1].busy))
+        ends_there = shared == self._reusable(source)
+        if shared and source in free and (ends_there or len(free) == 1):
+            slot = source
+        else:
+            others = [slot for slot in free if slot is not source] or free
+            slot = min(others, key=lambda slot: (slot.read > 0, slot.released))
+        if shared and slot is not source:
+            self.cache.copy_row(source.number, slot.number, shared)
+        self.cache.reached[slot.number] = shared
+        if self.cache.drift is not None:
+            self.cache.drift[slot.number, shared:] = 0
+        slot.prompt, slot.settings, slot.read, slot.busy = prompt, settings, shared, True
+        return slot
+
+    def release(self, slot: Slot, forget: bool = False) -> None:
+        """Free a row; its prompt stays, unless something went wrong while it was read."""
+        self._released += 1
+        slot.busy, slot.released = False, self._released
+        kept = sorted((s for s in self._slots if not s.busy), key=lambda s: -s.released)
+        for old in [slot] * forget + [s for s in kept if s.read][self._prefixes :]:
+            old.prompt, old.read = (), 0
+
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are kept."""
+        slots = self._slots
+        return sum(self.cache.reached[s.number] if s.busy else s.read for s in slots)
+
+    def _reusable(self, slot: Slot) -> int:
+        """Tokens at the beginning of a row's prompt that another prompt may reuse."""
+        return slot.read if self._any_pieces else slot.read // PIECE * PIECE
+
+    def _shared(self, slot: Slot, prompt: Sequence[int], settings: Hashable) -> int:
+        """Tokens that a prompt can reuse from a row."""
+        most = min(self._reusable(slot), len(prompt) - 1)
+        if slot.settings != settings or not self.cache.remembers(slot.number, most):
+            return 0
+        shared = common(slot.prompt, prompt, most)
+        return shared if self._any_pieces else shared // PIECE * PIECE
+
+
+def rows_that_fit(model: SkippingModel, limits: ServeLimits, capacity: int) -> int:
+    """Rows of a cache that keeps the limits.
+
+    Raises ValueError where the memory is too small for one.
+    """
+    if limits.cache_bytes is None:
+        return limits.rows
+    tracked = 0 if model.gates is None else 8 * (capacity + EVEN)
+    each = model.cache_bytes(1, capacity) + tracked
+    if each > limits.cache_bytes:
+        raise ValueError(
+            f"cache_bytes {limits.cache_bytes}: one row of {limits.context} tokens needs {each}"
+            " bytes; raise cache_bytes or lower context"
+        )
+    return min(limits.rows, limits.cache_bytes // each)
+
+
+def common(one: Sequence[int], other: Sequence[int], most: int) -> int:
+    """Tokens that both begin with, up to `most`, by bisection over equal slices."""
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        if tuple(one[least:middle]) == tuple(other[least:middle]):
+            least = middle
+        else:
+            most = middle - 1
+    return least

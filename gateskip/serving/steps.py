@@ -1,0 +1,266 @@
+"""Steps of a scheduler: a piece of a prompt, or the next tokens of all rows.
+
+Rows at full compute share one pass: greedy ones, drafts to verify, sampled ones. Rows that skip
+share another, each with its own thresholds. A row alone decodes many tokens in one native call. In
+`native` a row has the same bits in all of these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gateskip.decoding.config import DraftConfig
+from gateskip.decoding.decoder import IN_ONE_CALL, Decoder
+from gateskip.decoding.draft_length import MAX_ROUNDS
+from gateskip.decoding.prefill import commit_next
+from gateskip.decoding.sampling import GREEDY, accept_or_resample
+from gateskip.decoding.speculation import Draft, Drafting, rounds_of_row
+from gateskip.model.compute import branch_costs
+from gateskip.runtime.backend import Round, SampleRequest, Verified
+from gateskip.runtime.budget_control import BudgetControl, RowThresholds
+from gateskip.serving.answers import Answer
+from gateskip.serving.slots import Slots
+
+AT_ONCE_S = 0.05  # that rounds of one row in one call may take, so that others join soon
+
+
+class Steps:
+    """Runs the steps of a decoder's model on the rows of a cache."""
+
+    def __init__(self, decoder: Decoder, slots: Slots) -> None:
+        self._decoder, self._model, self._slots = decoder, decoder.skipping, slots
+        self._cache = slots.cache
+        self._costs = branch_costs(self._model.model)
+        self._draftings: dict[tuple[DraftConfig, int], Drafting | None] = {}
+        self._round_s = AT_ONCE_S  # seconds of a round of one row
+
+    # -- prompts ---------------------------------------------------------------------------------
+
+    def read(self, answer: Answer, most: int) -> int:
+        """Read about `most` tokens more of a prompt; returns how many. After the last one the
+        answer's first token is committed."""
+        row, phases, first, slot = answer.row, answer.phases, answer.read, answer.slot
+        assert slot is not None, "it has a row"
+        whole = phases.read(len(row.prompt))
+        count = min(self._slots.piece(first, most), whole - first)
+        state = torch.empty(0)
+        if count:
+            full_from = phases.full_from([whole])
+            full = None if full_from is None else [full_from[0] - first]
+            ids = torch.tensor([row.prompt[first : first + count]], device=self._model.device)
+            before = self._model.usage.copy()
+            with self._cache.alone(row.number) as alone:
+                states = self._model.forward(ids, alone, [first], phases.prompt, [count], full)
+            answer.count_usage(self._model.model, self._model.usage.since(before))
+            answer.read, state = first + count, states[0, -1]
+            # The last token may be computed as the answer is: no other prompt reuses it then
+            slot.read = min(answer.read, len(row.prompt) - phases.differ)
+        if answer.read == whole:
+            self._begin(answer, state)
+        return count
+
+    def _begin(self, answer: Answer, state: Tensor) -> None:
+        """Commit the first token, after the final state [H] of the prompt's tokens."""
+        row, phases, model = answer.row, answer.phases, self._model
+        if phases.apart:
+            before, last = model.usage.copy(), len(row.prompt) - 1
+            passed = ([row.prompt[-1:]], self._cache, [row.number], [last])
+            (state,) = model.decode(*passed, phases.answer)
+            answer.count_usage(model.model, model.usage.since(before))
+        row.state = state.clone()
+        self._commit(answer, model.head(row.state.unsqueeze(0)))
+
+    # -- the next tokens -------------------------------------------------------------------------
+
+    def decode(self, answers: Sequence[Answer], interrupted: Callable[[], bool]) -> None:
+        """The next token of each row, or the next few. A row alone gets more, until `interrupted`
+        says that something else waits. Where the model fails, its rows end."""
+        skipping = [answer for answer in answers if answer.skips]
+        full = [answer for answer in answers if not answer.skips]
+        if len(answers) == 1 and self._has_calls(answers[0]):
+            self._guarded(lambda some: self._alone(some[0], interrupted), answers)
+        else:
+            self._guarded(self._full, full)
+            self._guarded(self._skip, skipping)
+
+    def _guarded(self, step: Callable[[Sequence[Answer]], None], answers: Sequence[Answer]) -> None:
+        if not answers:
+            return
+        try:
+            step(answers)
+        except Exception as error:
+            for answer in answers:
+                answer.row.fail(error)
+
+    def _has_calls(self, answer: Answer) -> bool:
+        """Whether one native call can decode several tokens."""
+        sampler = answer.request.sampler
+        return answer.greedy or (answer.request.logprobs is None and sampler.native)
+
+    def _alone(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
+        """Some tokens of the only row, in one native call."""
+        model, before = self._model, self._model.usage.copy()
+        limits = answer.phases.answer
+        drafting = self._drafting_of(answer.draft, 1) if answer.drafts else None
+        if drafting is not None and model.speculates(limits) and drafting.native():
+            self._speculate(answer, drafting)
+        else:
+            self._sample(answer, interrupted)
+        answer.count_usage(model.model, model.usage.since(before))
+
+    def _sample(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
+        row, sampling = answer.row, answer.request.sampler.draws
+        begun = len(row.tokens)
+        count = min(IN_ONE_CALL, row.stops.limit - begun)
+        uniform = [row.uniform() for _ in range(count if sampling is not None else 0)]
+
+        def on_token(token: int) -> bool:
+            return row.commit_one(token) or interrupted()
+
+        request = SampleRequest(row.last, count, sampling, uniform, on_token=on_token)
+        place = (self._cache, row.number, row.slot)
+        row.state = self._model.sample(request, place, answer.phases.answer).state
+        row.give_back(uniform[len(row.tokens) - begun :])
+
+    def _speculate(self, answer: Answer, drafting: Drafting) -> None:
+        limits, begun = answer.phases.answer, time.perf_counter()
+        most = max(1, min(MAX_ROUNDS, int(AT_ONCE_S / self._round_s)))
+        args = (self._model, answer.row, drafting, GREEDY, self._cache, limits)
+        rounds = rounds_of_row(*args, most)
+        for done in rounds:
+            drafting.observe(done)
+            answer.count_draft(done.rows[0])
+        self._round_s = (time.perf_counter() - begun) / max(1, sum(r.steps for r in rounds))
+
+    def _full(self, answers: Sequence[Answer]) -> None:
+        """One pass of rows at full compute, over the last token and the draft of each."""
+        rows, begun = [answer.row for answer in answers], time.perf_counter()
+        drafts, draftings = self._drafts(answers)
+        drafted = time.perf_counter()
+        tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
+        passed = (tokens, self._cache, [row.number for row in rows], [row.slot for row in rows])
+        counts, logits = [len(ids) for ids in tokens], list[Tensor]()
+        if all(answer.greedy for answer in answers):
+            targets, states = self._model.argmax(*passed)
+        else:
+            states = self._model.decode(*passed)
+            logits = list(self._model.head(states).split(counts))
+            targets = [of_row.argmax(-1).tolist() for of_row in logits]
+        verify_s, outcomes = time.perf_counter() - drafted, list[Verified]()
+        for i, of_row in enumerate(states.split(counts)):
+            answer, row = answers[i], rows[i]
+            answer.count_work(*self._work_of_full(answer))
+            if answer.greedy:
+                outcomes.append(_verify(answer, drafts[i], targets[i]))
+            else:
+                self._commit(answer, logits[i])
+                outcomes.append(Verified(0, 0))
+            row.state = of_row[outcomes[i].accepted]
+        for drafting, places in draftings:
+            done = [outcomes[i] for i in places]
+            drafting.observe(Round(done, drafted - begun, verify_s))
+
+    def _drafts(self, answers: Sequence[Answer]) -> tuple[list[Draft], list[_Drafted]]:
+        """A draft for each row, and who drafted for which rows. Rows that may draft do so where
+        they are most of the pass: a longer pass delays the others."""
+        drafts = [Draft(0) for _ in answers]
+        places = [i for i, answer in enumerate(answers) if answer.drafts]
+        if 2 * len(places) < len(answers):
+            return drafts, []
+        groups = dict[DraftConfig, list[int]]()
+        for i in places:
+            groups.setdefault(answers[i].draft, []).append(i)
+        draftings = list[_Drafted]()
+        for config, some in groups.items():
+            drafting = self._drafting_of(config, len(answers))
+            if drafting is None:
+                continue
+            made = drafting.make([answers[i].row for i in some], GREEDY, self._cache)
+            for i, draft in zip(some, made, strict=True):
+                drafts[i] = draft
+            draftings.append((drafting, some))
+        return drafts, draftings
+
+    def _drafting_of(self, config: DraftConfig, rows: int) -> Drafting | None:
+        """The drafting of a pass. Its measured costs are those of passes of up to twice as few
+        rows."""
+        key = (config, 1 << (rows - 1).bit_length())
+        if key not in self._draftings:
+            self._draftings[key] = self._decoder.drafting(*key)
+        return self._draftings[key]
+
+    def _skip(self, answers: Sequence[Answer]) -> None:
+        """One pass of rows that skip, each by its own thresholds."""
+        rows, cache = [answer.row for answer in answers], self._cache
+        numbers, slots = [row.number for row in rows], [row.slot for row in rows]
+        limits = [self._thresholds(answer) for answer in answers]
+        together = RowThresholds(
+            torch.cat([one.values for one in limits]),
+            torch.cat([one.weights for one in limits]),
+            torch.cat([one.entered for one in limits]),
+        )
+        tokens = [[row.last] for row in rows]
+        states = self._model.backend.decode(tokens, cache, numbers, slots, together)
+        logits = self._model.head(states)
+        for i, answer in enumerate(answers):
+            one = replace(limits[i], entered=together.entered[i : i + 1])
+            control = answer.phases.answer
+            if isinstance(control, BudgetControl):
+                control.record(cache, [numbers[i]], [slots[i]], one)
+            whole = sum(self._macs(slots[i]))
+            share = int(one.entered) / int(one.weights.sum())
+            answer.count_work(share * whole, whole)
+            self._commit(answer, logits[i : i + 1])
+            rows[i].state = states[i]
+
+    def _thresholds(self, answer: Answer) -> RowThresholds:
+        """The thresholds [1, branches] of a row's next token."""
+        limits, row = answer.phases.answer, answer.row
+        if isinstance(limits, BudgetControl):
+            return limits.thresholds(self._cache, [row.number], [row.slot], 1)
+        assert limits is not None, "it skips"
+        return RowThresholds(
+            torch.tensor([list(limits)]),
+            torch.tensor([self._macs(row.slot)]),
+            torch.zeros(1, 1, dtype=torch.long),
+        )
+
+    def _macs(self, position: int) -> list[int]:
+        """Multiply-adds of a token at each branch that it enters."""
+        seen = position + 1
+        return [int(cost.at(min(seen, cost.window or seen))) for cost in self._costs]
+
+    def _work_of_full(self, answer: Answer) -> tuple[float, float]:
+        """Multiply-adds of the next token, which skips nothing, if its prompt skipped."""
+        if answer.phases.answer is None:
+            return 0.0, 0.0
+        whole = float(sum(self._macs(answer.row.slot)))
+        return whole, whole
+
+    def _commit(self, answer: Answer, logits: Tensor) -> None:
+        """Commit the next token, of logits [1, V]."""
+        row, sampler = answer.row, answer.request.sampler
+        answer.logits = None if answer.request.logprobs is None else logits[0]
+        try:
+            commit_next(self._model, [row], logits, sampler)
+        except Exception as error:  # of its own sampler
+            row.fail(error)
+
+
+_Drafted = tuple[Drafting, list[int]]
+"""A drafting, and the places of the rows for which it drafted."""
+
+
+def _verify(answer: Answer, draft: Draft, target: Sequence[int]) -> Verified:
+    """Commit the accepted tokens of a greedy row's draft, and the one that follows them."""
+    row = answer.row
+    accepted, following = accept_or_resample(draft.tokens, draft.drawn_from, target, row.generator)
+    row.commit([*draft.tokens[:accepted], following])
+    outcome = Verified(len(draft.tokens), accepted, draft.looked_up, draft.probabilities)
+    answer.count_draft(outcome)
+    return outcome
