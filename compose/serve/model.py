@@ -26,6 +26,8 @@ from gateskip.serving.requests import Request, ServeLimits
 
 SEEDS = 2**43
 """Seeds are taken modulo this number: torch takes no larger ones."""
+BY_LOOKUP = {"draft_weights": "own", "draft_budget": 1.0}
+"""Settings by which only look-up in the text drafts."""
 
 
 class ServedModel:
@@ -35,11 +37,10 @@ class ServedModel:
         self._served = settings
         self.names = settings.names
         self.decoder, self.settings = open_decoder(
-            settings.folder,
-            budget=settings.budget,
-            speculate=settings.speculate,
-            draft_model=settings.draft_model,
+            settings.folder, budget=settings.budget, speculate=settings.speculate
         )
+        if self.settings["mode"] == "speculate" and self.decoder.draft_model is not None:
+            self.settings |= BY_LOOKUP  # another model drafts for one text at a time
         prepare(self.decoder, self.settings)
         if "kv_cache" in self.settings:
             self.decoder.skipping.kv_cache = self.settings["kv_cache"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from compose.errors import UserError
 from compose.serve.app import Service
 from compose.serve.generation import Scheduler
 from compose.serve.metrics import Metrics
@@ -112,8 +113,7 @@ def serve_one(
     """
     log_lines("" if counts is None else f" replica {replica}")
     model = ServedModel(settings)
-    scheduler = NativeScheduler(model.decoder, model.limits)
-    scheduler.start()
+    scheduler = scheduler_of(model)
     server = ModelServer(settings, model, scheduler, Metrics(replica, counts))
     limits = model.limits
     line = (
@@ -127,6 +127,20 @@ def serve_one(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def scheduler_of(model: ServedModel) -> NativeScheduler:
+    """A running scheduler for the model. Raises UserError where it cannot have one."""
+    try:
+        scheduler = NativeScheduler(model.decoder, model.limits)
+    except ValueError as error:
+        fix = "serve a smaller context or fewer rows (--max-context, --max-rows)"
+        if model.decoder.fallback is not None:
+            fix = f"the backend native does not run here: {model.decoder.fallback}"
+        raise UserError(f"{model.names[-1]} cannot be served: {error}", fix=fix) from error
+    model.limits = scheduler.limits
+    scheduler.start()
+    return scheduler
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

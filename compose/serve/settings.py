@@ -25,7 +25,6 @@ class ServeSettings:
     api_key: str | None = field(default=None, repr=False)
     budget: float | None = None
     speculate: bool | None = None
-    draft_model: Path | None = None
     max_rows: int = 32
     """Most answers that are decoded at the same time."""
     max_context: int | None = None
@@ -58,5 +57,4 @@ class ServeSettings:
 def from_json(line: str) -> ServeSettings:
     """The settings that `to_json` wrote."""
     values: Mapping[str, Any] = json.loads(line)
-    paths = {name: Path(values[name]) for name in ("folder", "draft_model") if values[name]}
-    return ServeSettings(**{**values, **paths})
+    return ServeSettings(**{**values, "folder": Path(values["folder"])})

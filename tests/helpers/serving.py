@@ -13,9 +13,8 @@ from typing import Any
 from compose.serve.metrics import Metrics
 from compose.serve.model import ServedModel
 from compose.serve.port import bound_socket, url_of
-from compose.serve.server import ModelServer
+from compose.serve.server import ModelServer, scheduler_of
 from compose.serve.settings import ServeSettings
-from gateskip.serving.scheduler import Scheduler
 
 
 @dataclass
@@ -42,8 +41,7 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
     """A server on a free port of this machine."""
     given = ServeSettings(folder=folder, port=0, **settings)
     model = ServedModel(given)
-    scheduler = Scheduler(model.decoder, model.limits)
-    scheduler.start()
+    scheduler = scheduler_of(model)
     server = ModelServer(given, model, scheduler, Metrics())
     bound, ready = bound_socket("127.0.0.1", 0), threading.Event()
     url = url_of(bound)

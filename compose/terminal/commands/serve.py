@@ -10,7 +10,6 @@ from compose.serve.settings import KEY_VARIABLE, ServeSettings
 from compose.terminal.commands.options import (
     BlocksOrNot,
     Budget,
-    DraftModel,
     ModelFolder,
     Speculate,
 )
@@ -44,7 +43,6 @@ def serve(
     ] = None,
     budget: Budget = None,
     speculate: Speculate = None,
-    draft_model: DraftModel = None,
     max_rows: Annotated[
         int,
         typer.Option(metavar="COUNT", min=1, help="Maximum number of answers decoded in parallel."),
@@ -92,7 +90,6 @@ def serve(
         api_key=api_key or None,
         budget=budget,
         speculate=speculate,
-        draft_model=None if draft_model is None else as_folder(draft_model, None),
         max_rows=max_rows,
         max_context=max_context,
         max_queue=max_queue,
