@@ -274,13 +274,13 @@ def _pids(parent: int) -> dict[int, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="replicas need two cores")
 def test_a_killed_replica_loses_only_its_requests(endless: Path) -> None:
-    with started(endless, "--replicas", "2", "--max-rows", "2") as (process, url, log):
+    with started(endless, "--replicas", "2", "--max-rows", "12") as (process, url, log):
         for _ in range(600):
             if "replica 1 serves" in log.read_text():
                 break
             time.sleep(0.1)
         first, second = _pids(process.pid).values()
-        streams = [Stream(url, max_tokens=3000) for _ in range(6)]
+        streams = [Stream(url, max_tokens=3900) for _ in range(12)]
         os.kill(second, signal.SIGKILL)
         ended = []
         for stream in streams:
