@@ -234,6 +234,22 @@ def test_sigterm_lets_answers_end(endless: Path) -> None:
         assert "licence" not in log.read_text()
 
 
+def test_openai_sees_a_stopped_server(endless: Path) -> None:
+    """Answers that run when the server closes end with an error, not with a cut text."""
+    with running(endless, max_context=16000) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        stream = client.chat.completions.create(model=server.model.names[0], stream=True, **LONG)
+        next(iter(stream))
+        threading.Thread(target=server.scheduler.close).start()
+        with pytest.raises(openai.APIError, match="stopping"):
+            list(stream)
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        assert httpx.get(f"{server.url}/health").is_success
+        server.server.service.draining = True
+        assert httpx.get(f"{server.url}/health").status_code == 503
+
+
 def test_the_command_says_what_is_wrong(tiny_llama: Path, tmp_path: Path) -> None:
     with bound_socket("127.0.0.1", 0) as taken:
         taken.listen()
@@ -299,14 +315,3 @@ def test_a_killed_replica_loses_only_its_requests(endless: Path) -> None:
         assert 'replica="0"' in metrics and 'replica="1"' in metrics
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-
-
-def test_openai_sees_a_stopped_server(endless: Path) -> None:
-    """Answers that run when the server closes end with an error, not with a cut text."""
-    with running(endless, max_context=16000) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        stream = client.chat.completions.create(model=server.model.names[0], stream=True, **LONG)
-        next(iter(stream))
-        threading.Thread(target=server.scheduler.close).start()
-        with pytest.raises(openai.APIError, match="stopping"):
-            list(stream)
