@@ -115,7 +115,12 @@ class Answer:
     @property
     def drafts(self) -> bool:
         """Whether it may be drafted for."""
-        return self.request.mode == "speculate" and self.greedy
+        return self.request.mode == "speculate" and self.request.logprobs is None
+
+    @property
+    def native(self) -> bool:
+        """Whether native calls can choose its tokens."""
+        return self.request.sampler.native and self.request.logprobs is None
 
     @property
     def skips(self) -> bool:

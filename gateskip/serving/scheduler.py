@@ -3,8 +3,9 @@
 One thread owns the decoder. It takes requests from a queue in their order, reads prompts in pieces
 beside rows that decode, and decodes all rows together. The tokens of a request are those that
 `Decoder.generate` gives for its prompt alone with the same settings, whatever runs beside it. In
-mode `speculate` they are those of mode `plain`, also with a sampler: such a request draws its
-tokens by its seed and is not drafted for.
+mode `speculate` they are those of mode `plain`, also with a sampler: a drafted token is accepted
+where it is the one that plain decoding draws by the seed. (`generate` accepts more of them, and
+keeps only the distribution.)
 """
 
 from __future__ import annotations
@@ -218,7 +219,10 @@ class Scheduler:
         self._read()
         self._end_some()
         decoding = [answer for answer in self._active if answer.row.tokens]
-        self._steps.decode(decoding, self._waits)
+        if decoding and len(self._active) == 1:
+            self._steps.alone(decoding[0], self._waits)
+        else:
+            self._steps.together(decoding)
         self._end_some()
 
     def _read(self) -> None:

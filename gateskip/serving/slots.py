@@ -115,7 +115,7 @@ def rows_that_fit(model: SkippingModel, limits: ServeLimits, capacity: int) -> i
     """
     if limits.cache_bytes is None:
         return limits.rows
-    tracked = 0 if model.gates is None else 8 * (capacity + EVEN)
+    tracked = 0 if model.gates is None else 8 * -(-capacity // EVEN) * EVEN
     each = model.cache_bytes(1, capacity) + tracked
     if each > limits.cache_bytes:
         raise ValueError(

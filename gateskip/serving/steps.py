@@ -77,16 +77,16 @@ class Steps:
 
     # -- the next tokens -------------------------------------------------------------------------
 
-    def decode(self, answers: Sequence[Answer], interrupted: Callable[[], bool]) -> None:
-        """The next token of each row, or the next few. A row alone gets more, until `interrupted`
-        says that something else waits. Where the model fails, its rows end."""
-        skipping = [answer for answer in answers if answer.skips]
-        full = [answer for answer in answers if not answer.skips]
-        if len(answers) == 1 and self._has_calls(answers[0]):
-            self._guarded(lambda some: self._alone(some[0], interrupted), answers)
-        else:
-            self._guarded(self._full, full)
-            self._guarded(self._skip, skipping)
+    def together(self, answers: Sequence[Answer]) -> None:
+        """The next token of each row, or what is accepted of its draft. Where the model fails, the
+        rows of the pass end."""
+        self._guarded(self._full, [answer for answer in answers if not answer.skips])
+        self._guarded(self._skip, [answer for answer in answers if answer.skips])
+
+    def alone(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
+        """The next tokens of the only row, until `interrupted` says that something else waits: in
+        one native call, if its tokens can be chosen there."""
+        self._guarded(lambda some: self._alone(some[0], interrupted), [answer])
 
     def _guarded(self, step: Callable[[Sequence[Answer]], None], answers: Sequence[Answer]) -> None:
         if not answers:
@@ -97,26 +97,28 @@ class Steps:
             for answer in answers:
                 answer.row.fail(error)
 
-    def _has_calls(self, answer: Answer) -> bool:
-        """Whether one native call can decode several tokens."""
-        sampler = answer.request.sampler
-        return answer.greedy or (answer.request.logprobs is None and sampler.native)
-
     def _alone(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
-        """Some tokens of the only row, in one native call."""
-        model, before = self._model, self._model.usage.copy()
-        limits = answer.phases.answer
+        model, limits, before = self._model, answer.phases.answer, self._model.usage.copy()
         drafting = self._drafting_of(answer.draft, 1) if answer.drafts else None
-        if drafting is not None and model.speculates(limits) and drafting.native():
+        if drafting is not None and not model.speculates(limits):
+            drafting = None
+        if drafting is not None and answer.greedy and drafting.native():
             self._speculate(answer, drafting)
+        elif answer.native and (drafting is None or answer.skips):
+            self._sample(answer, interrupted, IN_ONE_CALL)
+        elif answer.native and drafting is not None and (steps := _steps_before_draft(drafting)):
+            begun = time.perf_counter()
+            steps = self._sample(answer, interrupted, steps)
+            drafting.observe(Round([Verified(0, 0)], 0.0, time.perf_counter() - begun, steps))
         else:
-            self._sample(answer, interrupted)
+            return self.together([answer])
         answer.count_usage(model.model, model.usage.since(before))
 
-    def _sample(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
+    def _sample(self, answer: Answer, interrupted: Callable[[], bool], most: int) -> int:
+        """Up to `most` tokens of a row in one call; returns how many."""
         row, sampling = answer.row, answer.request.sampler.draws
         begun = len(row.tokens)
-        count = min(IN_ONE_CALL, row.stops.limit - begun)
+        count = min(most, IN_ONE_CALL, row.stops.limit - begun)
         uniform = [row.uniform() for _ in range(count if sampling is not None else 0)]
 
         def on_token(token: int) -> bool:
@@ -125,9 +127,12 @@ class Steps:
         request = SampleRequest(row.last, count, sampling, uniform, on_token=on_token)
         place = (self._cache, row.number, row.slot)
         row.state = self._model.sample(request, place, answer.phases.answer).state
-        row.give_back(uniform[len(row.tokens) - begun :])
+        done = len(row.tokens) - begun
+        row.give_back(uniform[done:])
+        return done
 
     def _speculate(self, answer: Answer, drafting: Drafting) -> None:
+        """Some rounds of a greedy row in one call."""
         limits, begun = answer.phases.answer, time.perf_counter()
         most = max(1, min(MAX_ROUNDS, int(AT_ONCE_S / self._round_s)))
         args = (self._model, answer.row, drafting, GREEDY, self._cache, limits)
@@ -158,12 +163,23 @@ class Steps:
             if answer.greedy:
                 outcomes.append(_verify(answer, drafts[i], targets[i]))
             else:
-                self._commit(answer, logits[i])
-                outcomes.append(Verified(0, 0))
+                outcomes.append(self._draw(answer, drafts[i], logits[i]))
             row.state = of_row[outcomes[i].accepted]
         for drafting, places in draftings:
             done = [outcomes[i] for i in places]
             drafting.observe(Round(done, drafted - begun, verify_s))
+
+    def _draw(self, answer: Answer, draft: Draft, logits: Tensor) -> Verified:
+        """Commit tokens of a row that is not greedy, of logits [K + 1, V] after its last token and
+        each of its draft. Each token is drawn as without a draft, by its own number of the random
+        stream; the draft is right up to the first that it does not have."""
+        accepted = 0
+        for proposed, of_token in zip([*draft.tokens, None], logits, strict=True):
+            self._commit(answer, of_token.unsqueeze(0))
+            if answer.row.ended or answer.row.last != proposed:
+                break
+            accepted += 1
+        return _outcome(answer, draft, accepted)
 
     def _drafts(self, answers: Sequence[Answer]) -> tuple[list[Draft], list[_Drafted]]:
         """A draft for each row, and who drafted for which rows. Rows that may draft do so where
@@ -261,6 +277,16 @@ def _verify(answer: Answer, draft: Draft, target: Sequence[int]) -> Verified:
     row = answer.row
     accepted, following = accept_or_resample(draft.tokens, draft.drawn_from, target, row.generator)
     row.commit([*draft.tokens[:accepted], following])
+    return _outcome(answer, draft, accepted)
+
+
+def _outcome(answer: Answer, draft: Draft, accepted: int) -> Verified:
     outcome = Verified(len(draft.tokens), accepted, draft.looked_up, draft.probabilities)
     answer.count_draft(outcome)
     return outcome
+
+
+def _steps_before_draft(drafting: Drafting) -> int:
+    """Plain steps until a draft is tried again; 0 where one is made now."""
+    drafted, looked_up, rounds, _ = drafting.lengths()
+    return 0 if drafted or looked_up else rounds
