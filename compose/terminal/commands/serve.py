@@ -53,7 +53,7 @@ def serve(
             metavar="COUNT",
             min=2,
             help="Maximum number of tokens of a prompt and its answer. By default, 4096 or the"
-            " maximum of the model.",
+            " model's maximum, if that is smaller.",
         ),
     ] = None,
     max_queue: Annotated[
