@@ -41,7 +41,7 @@ $(VENV)/.created:
 
 $(VENV)/.run: $(VENV)/.created pyproject.toml
 	@echo 'Installing into $(VENV): a few minutes, most of it torch'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compress,eval,report]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compress,eval,report,serve]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.run
@@ -55,6 +55,7 @@ $(VENV)/.dev: $(VENV)/.docs
 quickstart: $(VENV)/.run
 	$(BIN)/gateskip compress smollm2-135m-instruct --to exports/quickstart
 	$(BIN)/gateskip generate exports/quickstart "$$QUESTION" --stats
+	@echo 'To serve the model over HTTP: $(BIN)/gateskip serve exports/quickstart'
 	@echo 'Not part of this: gates, which skip layers of prompts. pipelines/reading.yaml measures what that saves and costs.'
 
 # Each test runs in one of the two. A file stays in one process, and the next free one takes the next file.

@@ -13,6 +13,7 @@ from compose.terminal.commands.bench import bench
 from compose.terminal.commands.cache import cache
 from compose.terminal.commands.compress import compress
 from compose.terminal.commands.group import Command, Commands
+from compose.terminal.commands.serve import serve
 
 FIRST: Mapping[str, Callable[..., Any]] = {
     "compress": compress,
@@ -22,6 +23,7 @@ FIRST: Mapping[str, Callable[..., Any]] = {
     "export": results.export,
     "chat": models.chat,
     "generate": models.generate,
+    "serve": serve,
     "bench": bench,
     "report": results.report,
 }

@@ -18,11 +18,19 @@ class TextStream:
     """Decodes tokens one by one, and gives each piece of text once it is complete.
 
     A character of several bytes may need several tokens: the tokenizer's own DecodeStream waits for
-    all of them. Spaces at either end of the answer are left out, as in `answer_text`.
+    all of them. Spaces at either end of the answer are left out, as in `answer_text`, unless
+    `strip` is False.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_text: Callable[[str], None],
+        *,
+        strip: bool = True,
+    ) -> None:
         self.tokens: list[int] = []
+        self._strip = strip
         self._shown, self._space = "", ""
         self._on_text = on_text
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -34,6 +42,9 @@ class TextStream:
         if self._backend is None:  # a tokenizer in Python: the text comes as a whole
             return
         piece = self._space + self._decoded(token)
+        if not self._strip:
+            self._give(piece)
+            return
         if not self._shown:
             piece = piece.lstrip()
         whole = piece.rstrip()

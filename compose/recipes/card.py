@@ -114,6 +114,7 @@ def _next(done: Compressed) -> tuple[tuple[str, str], ...]:
     export = f"gateskip export {folder} --format"
     return (
         (f"gateskip chat {folder}", "chat with the model"),
+        (f"gateskip serve {folder}", "serve the model over HTTP"),
         (f"gateskip bench {folder}", "measure the speed of the model on this machine"),
         (f"llama-cli -m {file}", "run the model in llama.cpp")
         if done.gguf

@@ -700,6 +700,11 @@ def test_the_options_of_every_command_are_frozen() -> None:
             *("--system", "--task", "--temperature", "--text", "--threads", "--tokens"),
             *("--top-p", "folders"),
         ],
+        "serve": [
+            *("--api-key", "--budget", "--cache-mb", "--host", "--keep-blocks"),
+            *("--max-body-kb", "--max-context", "--max-queue", "--max-rows", "--name"),
+            *("--port", "--replicas", "--speculate", "folder"),
+        ],
         "tune-draft": [
             "--limit",
             "--new-tokens",

@@ -42,8 +42,8 @@ def chat(
     from compose.contract import ChatJob
     from compose.terminal.chat import chat as chat_with
 
-    folder = _told(folder, keep_blocks)
-    draft = None if draft_model is None else _told(draft_model, None)
+    folder = as_folder(folder, keep_blocks)
+    draft = None if draft_model is None else as_folder(draft_model, None)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed, draft))
 
@@ -76,8 +76,8 @@ def generate(
     from compose.terminal.chat import show_text
     from compose.terminal.show import stats_text
 
-    folder = _told(folder, keep_blocks)
-    draft = None if draft_model is None else _told(draft_model, None)
+    folder = as_folder(folder, keep_blocks)
+    draft = None if draft_model is None else as_folder(draft_model, None)
     streams = sys.stdout.isatty()
     answer = ask_once(
         AnswerJob(
@@ -98,7 +98,7 @@ def generate(
         typer.echo(stats_text(answer), err=True)
 
 
-def _told(source: Path, keep_blocks: bool | None) -> Path:
+def as_folder(source: Path, keep_blocks: bool | None) -> Path:
     """The model folder; how a GGUF file's weights are held goes to stderr."""
     from compose.assets import default_cache
     from compose.processes.source_folder import as_folders, how_read

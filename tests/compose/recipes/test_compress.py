@@ -101,6 +101,7 @@ def test_the_card_has_numbers_answers_and_next_commands(results: Results) -> Non
     assert card.answers == side_by_side(results, results.cell("int4"))
     commands = [command for command, _ in card.next]
     assert "gateskip chat 'exports/my x'" in commands
+    assert "gateskip serve 'exports/my x'" in commands
     assert "llama-cli -m exports/x.gguf" in commands
     stream = StringIO()
     console = Console(width=120, file=stream)

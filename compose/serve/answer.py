@@ -1,0 +1,105 @@
+"""One answer while it is decoded: its text, its log probabilities, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from compose.serve.text import AnswerText
+from compose.serve.token_bytes import TokenBytes
+from gateskip.serving.requests import Event, Finished, NewToken
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's text, its bytes, its log probability, and those of the likeliest tokens."""
+
+    text: str
+    raw: bytes
+    logprob: float
+    offset: int
+    """Characters of the answer before the token."""
+    top: tuple[tuple[str, bytes, float], ...]
+
+
+@dataclass
+class Piece:
+    """What is new in an answer."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finished: Finished | None = None
+
+
+class Inbox:
+    """The events of a request's answers, from the scheduler's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[int, Event]] = deque()
+        self._ready = asyncio.Event()
+        self._called = False
+
+    def put(self, answer: int, event: Event) -> None:
+        """Add an event; any thread may call it."""
+        self._events.append((answer, event))
+        if not self._called and not self._loop.is_closed():
+            self._called = True
+            self._loop.call_soon_threadsafe(self._ready.set)
+
+    async def take(self) -> list[tuple[int, Event]]:
+        """All events since the last call, at least one call of `put` later."""
+        await self._ready.wait()
+        self._ready.clear()
+        self._called = False
+        taken = []
+        while self._events:
+            taken.append(self._events.popleft())
+        return taken
+
+
+class Answer:
+    """The `index`-th answer of a request; `add` takes its events in their order."""
+
+    def __init__(
+        self, index: int, text: AnswerText, token_bytes: TokenBytes, eos: Sequence[int]
+    ) -> None:
+        self.index = index
+        self.finished: Finished | None = None
+        self._text, self._bytes, self._eos = text, token_bytes, frozenset(eos)
+        self._waiting: deque[TokenLogprob] = deque()
+        self._piece = Piece()
+
+    def add(self, event: Event) -> None:
+        """Take an event."""
+        if isinstance(event, NewToken):
+            if (
+                event.logprob is not None
+                and not self._text.stopped
+                and event.token not in self._eos
+            ):
+                self._waiting.append(self._logprob(event))
+            self._piece.text += self._text.add(event.token)
+        else:
+            self._piece.text += self._text.finish()
+            self._piece.finished = self.finished = event
+
+    def take(self) -> Piece:
+        """What is new since the last call."""
+        piece, self._piece = self._piece, Piece()
+        while self._waiting and self._is_shown(self._waiting[0]):
+            piece.logprobs.append(self._waiting.popleft())
+        return piece
+
+    def _is_shown(self, token: TokenLogprob) -> bool:
+        """Whether the text has the token: tokens of a stop string are no part of an answer."""
+        return token.offset < self._text.given
+
+    def _logprob(self, event: NewToken) -> TokenLogprob:
+        assert event.logprob is not None
+        shown, raw = self._bytes.shown, self._bytes
+        top = tuple((shown(token), raw(token), logprob) for token, logprob in event.top)
+        offset = len(self._text.raw)
+        return TokenLogprob(shown(event.token), raw(event.token), event.logprob, offset, top)

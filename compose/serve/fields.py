@@ -1,0 +1,247 @@
+"""The fields of requests: those that are answered, accepted without effect, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from compose.errors import suggest
+from compose.serve.errors import ApiError, invalid
+
+HARMLESS = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "parallel_tool_calls"),
+}
+"""Fields without effect on an answer."""
+
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "tool_calls": ([],),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "web_search_options": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+"""Fields of OpenAI's API that this server refuses, with the values that ask for nothing."""
+
+Parsed = TypeVar("Parsed", bound="Body")
+
+
+class Body(BaseModel):
+    """Fields of a request, or of an object in it."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class GateskipOptions(Body):
+    """How an answer is decoded; by default, as the folder says."""
+
+    budget: float | None = Field(default=None, gt=0, le=1)
+    """Share of the branches' multiply-adds that is computed: of the answer, or of drafts."""
+    mode: Literal["plain", "skip", "speculate"] | None = None
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds after which the answer ends with the tokens that it has."""
+
+
+class StreamOptions(Body):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Options(Body):
+    """Fields of both kinds of requests."""
+
+    model: str | None = None
+    n: int = Field(default=1, ge=1, le=128)
+    stop: list[str] = Field(default=[], max_length=16)
+    seed: int | None = None
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_tokens: int | None = Field(default=None, ge=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    gateskip: GateskipOptions = GateskipOptions()
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if isinstance(stops, list) and "" in stops:
+            raise ValueError("a stop string must not be empty")
+        return stops
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    @property
+    def tops(self) -> int | None:
+        """How many likeliest tokens each token comes with; None without log probabilities."""
+        raise NotImplementedError
+
+
+class ChatMessage(Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        """The text of parts [{"type": "text", "text"}]."""
+        if not isinstance(value, list):
+            return value
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f"only parts of type 'text' are supported, not {kind!r}")
+        return "".join(part["text"] for part in value)
+
+
+class ChatBody(Options):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise ValueError("max_tokens and max_completion_tokens differ: leave one out")
+            self.max_tokens = self.max_completion_tokens
+        return self
+
+    @property
+    def tops(self) -> int | None:
+        """How many likeliest tokens each token comes with; None without log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(Options):
+    """POST /v1/completions."""
+
+    prompt: list[str | list[int]] = Field(min_length=1)
+    max_tokens: int | None = Field(default=16, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _listed_prompts(cls, value: Any) -> Any:
+        """A list of prompts, each a text or token ids."""
+        if isinstance(value, str):
+            return [value]
+        if not isinstance(value, list):
+            raise ValueError("a prompt is a text, a list of token ids, or a list of these")
+        if value and all(_is_id(item) for item in value):
+            return [value]
+        for item in value:
+            ids = isinstance(item, list) and all(map(_is_id, item))
+            if not (isinstance(item, str) or ids):
+                raise ValueError("a prompt is a text, a list of token ids, or a list of these")
+        return value
+
+    @property
+    def tops(self) -> int | None:
+        """How many likeliest tokens each token comes with; None without log probabilities."""
+        return self.logprobs
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a text, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("give prompt (a text) or messages (a list)")
+        return self
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def parsed(kind: type[Parsed], values: Any) -> Parsed:
+    """The fields of a body. Raises ApiError for the first mistake, with the name of its field."""
+    if not isinstance(values, dict):
+        raise invalid("the body must be a JSON object", code="invalid_json")
+    known = _known(kind, values)
+    messages = known.get("messages")
+    if isinstance(messages, list):
+        known["messages"] = [
+            _known(ChatMessage, turn, f"messages[{i}].") if isinstance(turn, dict) else turn
+            for i, turn in enumerate(messages)
+        ]
+    try:
+        return kind.model_validate(known)
+    except ValidationError as error:
+        raise _mistake(error) from None
+
+
+def _known(kind: type[BaseModel], values: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """The fields that `kind` has, without those that ask for nothing."""
+    given = {name: value for name, value in values.items() if value is not None}
+    known = {}
+    for name, value in given.items():
+        if name in kind.model_fields:
+            known[name] = value
+        elif name in UNSUPPORTED:
+            if value not in UNSUPPORTED[name]:
+                raise invalid(
+                    f"{place}{name} is not supported by this server",
+                    f"{place}{name}",
+                    "unsupported_parameter",
+                )
+        elif name not in HARMLESS and not (place and name in ("refusal", "annotations")):
+            hint = suggest(name, kind.model_fields)
+            raise invalid(
+                f"unknown field {place}{name[:100]}; {hint}",
+                place + name[:100],
+                "unknown_parameter",
+            )
+    return known
+
+
+def _mistake(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = ""
+    for part in first["loc"]:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+    message = first["msg"].removeprefix("Value error, ")
+    missing = first["type"] == "missing"
+    return invalid(
+        f"{param}: {message}" if param else message,
+        param or None,
+        "missing_parameter" if missing else "invalid_value",
+    )

@@ -1,0 +1,60 @@
+"""The settings of a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEY_VARIABLE = "GATESKIP_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What is served, where, and within which limits."""
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free port."""
+    name: str | None = None
+    """A further name of the model in requests; the folder's name is always one."""
+    api_key: str | None = field(default=None, repr=False)
+    budget: float | None = None
+    speculate: bool | None = None
+    max_rows: int = 32
+    """Most answers that are decoded at the same time."""
+    max_context: int | None = None
+    """Most tokens of a prompt and its answer; None for 4096, or fewer if the model takes fewer."""
+    max_queue: int = 256
+    """Most answers that wait."""
+    max_body_kb: int = 1024
+    """Most kilobytes of a request's body."""
+    cache_mb: int | None = None
+    """Most megabytes of the KV cache; None for as much as the rows need."""
+    replicas: int = 1
+    """Processes; the limits hold for each of them."""
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only programs of this machine reach the server."""
+        return self.host in LOOPBACK
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the model in requests, the first one in answers."""
+        folder = self.folder.resolve().name
+        return (folder,) if self.name in (None, folder) else (str(self.name), folder)
+
+    def to_json(self) -> str:
+        """The settings as one line of JSON."""
+        return json.dumps(asdict(self), default=str)
+
+
+def from_json(line: str) -> ServeSettings:
+    """The settings that `to_json` wrote."""
+    values: Mapping[str, Any] = json.loads(line)
+    return ServeSettings(**{**values, "folder": Path(values["folder"])})
