@@ -92,8 +92,8 @@ def bench(
         typer.Option(
             metavar="SECONDS",
             min=0,
-            help="Minimum decoding time of each model and way of decoding in one round, in"
-            " seconds.",
+            help="In each round, decode with each combination of model and decoding method for at"
+            " least this many seconds.",
         ),
     ] = 2.0,
     temperature: Annotated[

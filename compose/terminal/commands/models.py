@@ -177,7 +177,7 @@ def tune_draft(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Number of rounds in which the fastest kinds of drafts are compared.",
+            help="Number of times that the final comparison of drafts is repeated.",
         ),
     ] = 5,
     write: Annotated[

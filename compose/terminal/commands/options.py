@@ -64,8 +64,8 @@ Workers = Annotated[
     typer.Option(
         metavar="COUNT",
         min=1,
-        help="Maximum number of processes that run at the same time. With --workers 1, each"
-        " process uses all cores.",
+        help="Maximum number of processes that run at the same time. With --workers 1, the"
+        " one process uses all cores.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only failures and the result.")]
