@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import psutil
+
 from compose.artifacts.folder import is_gated
 from compose.bench.conversation import context_of
 from compose.bench.generate import (
@@ -58,7 +60,7 @@ class ServedModel:
             rows=settings.max_rows,
             context=min(context, context_of(self.decoder)),
             queue=settings.max_queue,
-            cache_bytes=None if settings.cache_mb is None else settings.cache_mb * 1_000_000,
+            cache_bytes=cache_bytes(settings),
         )
 
     def require_name(self, name: str | None) -> None:
@@ -163,6 +165,13 @@ class ServedModel:
                 self.decoder.thresholds(settings["budget"])
         except ValueError as error:
             raise invalid(f"budget {settings['budget']}: {error}", "gateskip.budget") from None
+
+
+def cache_bytes(settings: ServeSettings) -> int:
+    """Most memory of the KV cache, in bytes: by default, half of the memory that is free."""
+    if settings.cache_mb is not None:
+        return settings.cache_mb * 1_000_000
+    return int(psutil.virtual_memory().available) // (2 * settings.replicas)
 
 
 def _turn(message: ChatMessage) -> dict[str, str]:

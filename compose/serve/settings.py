@@ -34,7 +34,8 @@ class ServeSettings:
     max_body_kb: int = 1024
     """Most kilobytes of a request's body."""
     cache_mb: int | None = None
-    """Most megabytes of the KV cache; None for as much as the rows need."""
+    """Most megabytes of the KV cache; None for half of the memory that is free at
+    the start, shared by the replicas."""
     replicas: int = 1
     """Processes; the limits hold for each of them."""
 

@@ -64,7 +64,11 @@ def serve(
     ] = ServeSettings.max_body_kb,
     cache_mb: Annotated[
         int | None,
-        typer.Option(metavar="MB", min=1, help="Maximum size of the KV cache, in megabytes."),
+        typer.Option(
+            metavar="MB",
+            min=1,
+            help="Maximum size of the KV cache, in megabytes; half of the free memory by default.",
+        ),
     ] = None,
     replicas: Annotated[
         int,

@@ -25,8 +25,10 @@ from serving import Running, running
 
 import compose.extras
 from compose.errors import UserError
+from compose.serve.model import cache_bytes
 from compose.serve.port import bound_socket
 from compose.serve.replicas import shares_of_cores
+from compose.serve.settings import ServeSettings
 from compose.terminal.commands.serve import serve
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -130,6 +132,19 @@ def test_a_full_queue_refuses(small: Running) -> None:
     small.wait(rows=0, queued=0)
     again = httpx.post(**short)
     assert again.status_code == 200
+
+
+def test_the_cache_is_bounded(endless: Path) -> None:
+    """Half of the free memory by default; a smaller cache has fewer rows."""
+    free = psutil.virtual_memory().available
+    whole = cache_bytes(ServeSettings(folder=endless))
+    assert 0.25 * free < whole < 0.75 * free
+    assert cache_bytes(ServeSettings(folder=endless, replicas=4)) < 0.4 * whole
+    with running(endless, max_context=4000, cache_mb=10) as server:
+        assert 1 <= server.model.limits.rows < 8
+        assert server.scheduler.snapshot().cache_bytes <= 10_000_000
+    with pytest.raises(UserError, match=r"cannot be served.*\n.*--max-context"):
+        serve(endless, port=0, max_context=16000, cache_mb=1)
 
 
 # --- keys and hosts -------------------------------------------------------------------------------
