@@ -83,6 +83,9 @@ class Answer:
 
     def __init__(self, number: int, request: Request, decoder: Decoder, on_event: OnEvent) -> None:
         """Raises ValueError for settings that the decoder cannot have."""
+        sampler = request.sampler
+        if sampler.temperature == 0 and replace(sampler, top_k=0, top_p=1.0, min_p=0.0) == GREEDY:
+            request = replace(request, sampler=GREEDY)  # the argmax whatever the rest says
         self.number, self.request = number, request
         self.skip, self.draft = request.skip or SkipConfig(), request.draft or DraftConfig()
         self.phases = decoder.phases_of(request.mode, self.skip, self.draft)

@@ -45,17 +45,31 @@ class Drafts:
             return drafts, []
         drafted = list[Drafted]()
         for config, places in groups.items():
-            drafting = self.of(config, len(answers))
-            if drafting is None:
-                continue
-            some = [i for i in places if ready(drafting, answers[i].row)]
-            if not some:
-                continue
-            made = drafting.make([answers[i].row for i in some], GREEDY, self._slots.cache)
-            for i, draft in zip(some, made, strict=True):
-                drafts[i] = draft
-            drafted.append((drafting, some))
+            try:
+                drafted += self._make(config, places, answers, drafts)
+            except Exception as error:  # the others of the pass go on
+                for i in places:
+                    answers[i].row.fail(error)
         return drafts, drafted
+
+    def _make(
+        self,
+        config: DraftConfig,
+        places: Sequence[int],
+        answers: Sequence[Answer],
+        drafts: list[Draft],
+    ) -> list[Drafted]:
+        """Fill in the drafts of the rows at some places."""
+        drafting = self.of(config, len(answers))
+        if drafting is None:
+            return []
+        some = [i for i in places if ready(drafting, answers[i].row)]
+        if not some:
+            return []
+        made = drafting.make([answers[i].row for i in some], GREEDY, self._slots.cache)
+        for i, draft in zip(some, made, strict=True):
+            drafts[i] = draft
+        return [(drafting, some)]
 
 
 def ready(drafting: Drafting, row: Row) -> bool:

@@ -6,6 +6,13 @@ beside rows that decode, and decodes all rows together. The tokens of a request 
 mode `speculate` they are those of mode `plain`, also with a sampler: a drafted token is accepted
 where it is the one that plain decoding draws by the seed. (`generate` accepts more of them, and
 keeps only the distribution.)
+
+Prompts are read in pieces of any size where their bits do not depend on it: where all products are
+compiled kernels with 8-bit activations. Elsewhere a prompt is read in the pieces of `generate`, so
+that a step may wait for 1,024 tokens, and whole pieces are reused.
+
+A draft is made or chosen when the first request asks for it, which takes seconds:
+`Decoder.prepare_drafts` does it before.
 """
 
 from __future__ import annotations
@@ -208,8 +215,8 @@ class Scheduler:
                     self._turn()
                 except Exception as error:
                     log.exception("a step failed")
-                    for answer in self._active:
-                        answer.row.fail(error)
+                    for answer in self._active:  # whatever is wrong, the loop goes on without it
+                        answer.row.error, answer.row.ended = error, True
         self._end_all()
         with self._changed:
             self._thread = None
@@ -238,7 +245,7 @@ class Scheduler:
         left = BESIDE if any(answer.row.tokens for answer in self._active) else PIECE
         while left > 0 and (answer := self._reading()) is not None:
             try:
-                left -= max(1, self._steps.read(answer, min(left, BESIDE)))
+                left -= max(1, self._steps.read(answer, left))
             except Exception as error:
                 answer.row.fail(error)
             if answer.first_token_s is not None:

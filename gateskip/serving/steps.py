@@ -98,13 +98,14 @@ class Steps:
                 answer.row.fail(error)
 
     def _alone(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
-        model, limits, before = self._model, answer.phases.answer, self._model.usage.copy()
+        model, limits = self._model, answer.phases.answer
         drafting = self._drafts.of(answer.draft, 1) if answer.drafts else None
         if drafting is not None and not model.speculates(limits):
             drafting = None
         while drafting is not None and not ready(drafting, answer.row):
             if interrupted():
                 return
+        before = model.usage.copy()
         if drafting is not None and answer.greedy and drafting.native():
             self._speculate(answer, drafting)
         elif answer.native and (drafting is None or answer.skips):

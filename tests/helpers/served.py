@@ -19,6 +19,7 @@ WARM = Sampler(temperature=0.9, top_p=0.95)
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sampled": {"sampler": WARM, "seed": 5},
+    "cold": {"sampler": Sampler(top_p=0.9, top_k=5)},
     "penalty": {"sampler": Sampler(temperature=0.8, repetition_penalty=1.2), "seed": 6},
     "logprobs": {"logprobs": 3},
     "sampled, logprobs": {"sampler": WARM, "seed": 7, "logprobs": 2},

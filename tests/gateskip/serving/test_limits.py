@@ -171,6 +171,22 @@ def test_log_probabilities(decoder: Decoder, serve: Serve) -> None:
     assert heard.end.receipt.drafted == 0
 
 
+def test_drafts_that_cannot_be_made_fail_their_request_alone(
+    decoder: Decoder, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drafting(config: DraftConfig, rows: int) -> None:
+        raise ValueError("no copy")
+
+    monkeypatch.setattr(decoder, "drafting", drafting)
+    scheduler, heard = serve(decoder), [Listener(), Listener(), Listener()]
+    heard[0].at = {4: lambda: scheduler.submit(request_of("drafts", 2), heard[1])}
+    for name, listener in (("plain", heard[0]), ("look-up", heard[2])):
+        scheduler.submit(request_of(name, 1), listener)
+    assert [listener.end.reason for listener in heard] == ["length", "failed", "failed"]
+    assert heard[1].end.error == heard[2].end.error == "no copy"
+    assert heard[0].tokens == expected(decoder, request_of("plain", 1))
+
+
 class Failing:
     """Text, or scores, that cannot be had."""
 
