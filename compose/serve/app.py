@@ -18,19 +18,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from compose.serve.answer import Answer
-from compose.serve.body import read_json
+from compose.serve.api.answer import Answer
+from compose.serve.api.body import read_json
+from compose.serve.api.errors import ApiError, invalid
+from compose.serve.api.fields import Body, ChatBody, CompletionBody, Options, TokenizeBody, parsed
+from compose.serve.api.generation import Generation, Scheduler, stopping
+from compose.serve.api.shapes import Chat, Completion, Envelope, Shape
+from compose.serve.api.text import AnswerText
+from compose.serve.api.token_bytes import TokenBytes
 from compose.serve.entrance import App, Entrance, Receive, Scope, Send, error_response
-from compose.serve.errors import ApiError, invalid
-from compose.serve.fields import Body, ChatBody, CompletionBody, Options, TokenizeBody, parsed
-from compose.serve.generation import Generation, Scheduler, stopping
 from compose.serve.metrics import Metrics
 from compose.serve.model import ServedModel
 from compose.serve.page import page_response
 from compose.serve.settings import ServeSettings
-from compose.serve.shapes import Chat, Completion, Envelope, Shape
-from compose.serve.text import AnswerText
-from compose.serve.token_bytes import TokenBytes
 
 LOG = logging.getLogger("gateskip.serve")
 Result = TypeVar("Result")

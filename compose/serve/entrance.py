@@ -11,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from compose.serve.errors import ApiError
+from compose.serve.api.errors import ApiError
 from compose.serve.settings import LOOPBACK, ServeSettings
 
 LOG = logging.getLogger("gateskip.serve")

@@ -19,8 +19,8 @@ from compose.bench.generate import (
     prepare,
     stop_token_ids,
 )
-from compose.serve.errors import ApiError, invalid
-from compose.serve.fields import ChatMessage, Options
+from compose.serve.api.errors import ApiError, invalid
+from compose.serve.api.fields import ChatMessage, Options
 from compose.serve.settings import ServeSettings
 from gateskip.decoding.config import SkipConfig, grouped
 from gateskip.decoding.sampling import Sampler

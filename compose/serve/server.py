@@ -16,8 +16,8 @@ from typing import Any
 import uvicorn
 
 from compose.errors import UserError
+from compose.serve.api.generation import Scheduler
 from compose.serve.app import Service
-from compose.serve.generation import Scheduler
 from compose.serve.metrics import Metrics
 from compose.serve.model import ServedModel, mode_text
 from compose.serve.port import log_lines, url_of

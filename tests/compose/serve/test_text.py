@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from compose.serve.text import AnswerText
-from compose.serve.token_bytes import TokenBytes
+from compose.serve.api.text import AnswerText
+from compose.serve.api.token_bytes import TokenBytes
 
 WRITTEN = "  Grüße aus München 😀, 日本語 und\n\n    vier Leerzeichen. "
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from compose.serve.errors import ApiError, invalid
+from compose.serve.api.errors import ApiError, invalid
 
 BODY_S = 30.0
 """Seconds that a client may take to send a body."""

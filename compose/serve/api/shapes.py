@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from compose.serve.answer import Piece, TokenLogprob
+from compose.serve.api.answer import Piece, TokenLogprob
 from gateskip.serving.requests import FinishReason, Receipt, Request
 
 ENDINGS: Mapping[FinishReason, str] = {"stop": "stop", "length": "length", "deadline": "length"}

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from compose.serve.answer import Answer, Inbox, Piece, TokenLogprob
-from compose.serve.errors import ApiError, invalid
-from compose.serve.shapes import JSON, Envelope, Shape, ended, receipt_of, usage
+from compose.serve.api.answer import Answer, Inbox, Piece, TokenLogprob
+from compose.serve.api.errors import ApiError, invalid
+from compose.serve.api.shapes import JSON, Envelope, Shape, ended, receipt_of, usage
 from gateskip.serving.requests import (
     Draining,
     Event,

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compose.errors import suggest
-from compose.serve.errors import ApiError, invalid
+from compose.serve.api.errors import ApiError, invalid
 
 HARMLESS = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),

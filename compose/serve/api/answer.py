@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from compose.serve.text import AnswerText
-from compose.serve.token_bytes import TokenBytes
+from compose.serve.api.text import AnswerText
+from compose.serve.api.token_bytes import TokenBytes
 from gateskip.serving.requests import Event, Finished, NewToken
 
 

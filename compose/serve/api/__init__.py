@@ -1,0 +1,1 @@
+"""The form of OpenAI's API: fields of requests, answers, errors."""
