@@ -22,9 +22,10 @@ HELP = f"""\
 /help    show this list
 /stats   show the token counts of the last answer, and how full the context is
 /reset   forget the conversation
-/quit    end the chat; Ctrl-D or two times Ctrl-C also end it
+/quit    end the chat; /exit, /bye, Ctrl-D and two times Ctrl-C do the same
 {BLOCK}      begins and ends a message of several lines
 Ctrl-C   stops an answer"""
+QUIT = ("/quit", "/exit", "/bye")  # the last is ollama's
 ENDINGS = {"stopped": "stopped", "length": "stopped at the maximum number of tokens"}
 
 
@@ -90,7 +91,7 @@ class _Chat:
         if line.startswith(BLOCK):
             self._say(_read_block(line))
         elif line.startswith("/"):
-            if line.strip() == "/quit":
+            if line.strip() in QUIT:
                 return False
             self._commands.get(line.strip(), self._unknown)()
         else:

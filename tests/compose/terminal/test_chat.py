@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import save_gated
 from tokenizers import Tokenizer, decoders, models
@@ -26,6 +27,7 @@ from compose.bench.conversation import Conversation, StopRequest
 from compose.bench.generate import answer, answer_ids, answer_text, chat_ids
 from compose.bench.text_stream import TextStream
 from compose.errors import ArtifactError, UserError
+from compose.terminal import chat as terminal_chat
 from compose.terminal.chat import turn_lines
 from compose.units import printable
 from gateskip.runtime.backend import BackendName
@@ -297,6 +299,15 @@ def test_a_scripted_chat(tiny: Path, load: Callable[..., Conversation]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["/quit", "/exit", "/bye ", "/help"])
+def test_words_that_end_a_chat(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this program and of its neighbours; all other commands go on."""
+    monkeypatch.setattr(terminal_chat, "_read_line", lambda prompt: command)
+    no_worker: Any = None  # none of these asks the model
+    chat = terminal_chat._Chat(no_worker, Console(stderr=True))
+    assert chat._turn() == (command == "/help")
+
+
 def test_chat_refuses_what_is_no_model(tmp_path: Path) -> None:
     done = _piped("chat", tmp_path / "absent", text="Hello\n")
     assert done.returncode == 2
