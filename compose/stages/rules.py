@@ -16,7 +16,7 @@ RULES: dict[str, str] = {
     "two-networks": "a pipeline must not have two draft-network stages.",
     "learned-needs-network": "`draft_weights: learned` needs the stage draft-network.",
     "decode-last": "a stage plain, skip or speculate must be the last of its pipeline.",
-    "two-decoders": "a pipeline must not have two of the stages plain, skip and speculate.",
+    "two-decoders": "a pipeline has at most one of the stages `plain`, `skip` and `speculate`.",
     "two-gates": "a pipeline must not have two gate stages.",
     "two-quantizers": "a pipeline must not have two stages that quantize weights.",
     "prune-after-quantize": "prune before quantizing, because quantized weights cannot be pruned.",

@@ -42,8 +42,8 @@ def compress(
         bool,
         typer.Option(
             "--best",
-            help="Train the weights after rounding, which takes up to hours and loses"
-            " less quality.",
+            help="After rounding, also train the weights. Training can take hours, and reduces the"
+            " loss of quality.",
         ),
     ] = False,
     drafts: Annotated[

@@ -158,8 +158,8 @@ def tune_draft(
         str,
         typer.Option(
             metavar="PROMPTS",
-            help="Prompts on which the speed of drafts is measured: a JSON Lines file, or the name"
-            " of prompts that ship with gateskip.",
+            help="Prompts for measuring the speed of decoding with drafts: a JSON Lines file, or"
+            " the short name of prompts that gateskip contains.",
         ),
     ] = "prompts",
     limit: Annotated[

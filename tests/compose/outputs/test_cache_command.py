@@ -62,7 +62,7 @@ def test_prune_removes_what_no_run_names(out: Path) -> None:
     store = Store(out / "store")
     assert store.all_keys() == [USED, UNUSED]
     with store.locked(UNUSED):
-        assert f"{UNUSED} stays" in call("prune", "--out", out)[1]
+        assert f"{UNUSED} is kept" in call("prune", "--out", out)[1]
     call("prune", "--out", out)
     assert store.all_keys() == [USED] and store.unfinished() == {}
     assert store.damage(USED) is None

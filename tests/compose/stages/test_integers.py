@@ -336,7 +336,7 @@ def test_groups_divide() -> None:
     shape = ModelShape("llama", 64, 96, 2, 4, 2, 16, 100, True)
     with pytest.raises(RuleBroken, match="96 inputs"):
         Int4(use="int4", group_size=64).check(shape, ())
-    with pytest.raises(RuleBroken, match="trained with gates"):
+    with pytest.raises(RuleBroken, match="quantized weights cannot be trained"):
         Gate(use="gate").check(shape, (Int4(use="int4"),))
 
 
