@@ -3,7 +3,8 @@
 A variant is recommended where a gain is shown, no loss of task score is shown (or it is surely
 under 1 - `KEEP`), and perplexity is shown to be at most 1 / `KEEP` times the baseline's. Tasks of a
 few hundred questions cannot show that little is lost, but perplexity on a few thousand tokens can.
-What the evidence does not exclude stands in the variant's sentence.
+What the evidence does not exclude stands in the variant's sentence. Drafts take memory, so a
+variant with drafts has to be faster than the same weights without them, too.
 
 | aim | among variants that | the best by |
 |---|---|---|
@@ -98,7 +99,7 @@ def _recommended(results: Results, aim: Aim) -> Recommendation:
     others = [c for c in results.measured if c.peer is None and c is not baseline]
     if not others:
         return _nothing(aim, "no variant was measured beside the original model")
-    gaining = [cell for cell in others if GAINS[aim](results, cell)]
+    gaining = [cell for cell in others if GAINS[aim](results, cell) and _pays(results, cell)]
     if not gaining:
         return _nothing(aim, f"no variant is shown to be {WORDS[aim]} than the original model")
     known = [cell for cell in gaining if _unknown(results, cell) is None]
@@ -133,6 +134,15 @@ def _is_faster(results: Results, cell: CellResult) -> bool:
 def _is_smaller(results: Results, cell: CellResult) -> bool:
     share = gain(results, "size", cell)
     return share is not None and share <= 1 - LEAST_BYTES
+
+
+def _pays(results: Results, cell: CellResult) -> bool:
+    """Whether a variant's drafts, if it has any, are shown to be faster than the same weights
+    without them, where the two were compared."""
+    if not cell.speculates or results.find(cell.plain) is None or cell.speculation is None:
+        return True
+    ends = cell.speculation.speedup_ci95
+    return ends is None or ends[0] > 1
 
 
 def _is_faster_or_smaller(results: Results, cell: CellResult) -> bool:

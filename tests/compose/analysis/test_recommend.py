@@ -159,6 +159,18 @@ def test_a_variant_that_lost_is_not_recommended_and_the_fastest_of_the_others_is
     )
 
 
+@pytest.mark.parametrize(("low", "name"), [(1.05, "drafts"), (0.97, "int4")])
+def test_drafts_are_recommended_where_they_are_shown_to_be_faster(low: float, name: str) -> None:
+    """Both are faster than the baseline, the variant with drafts by far."""
+    int4 = [{"name": "int4", "use": "int4", "role": "quantize", "stored_as": "int4"}]
+    plain = {"quality": {"tasks": {"sums": task(100, 200)}}, "steps": int4, "speed": FASTER}
+    gain = {"speculation": {"speedup": 1.6, "speedup_ci95": [low, 3.5]}}
+    drafts = {"speed": {"decode_ratio": ratio(6.0, 9.0)}}
+    results = run_of(DENSE, int4=plain, drafts=speculating(True, int4) | drafts | gain)
+    answer = recommendations(results)[0]
+    assert answer.cell is not None and answer.cell.name == name
+
+
 def test_nothing_to_recommend_has_its_reason() -> None:
     def why(results: Results) -> str:
         return recommendations(results)[0].sentence
