@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from transformers.utils.logging import disable_progress_bar
 
 from compose.errors import UserError
 from compose.serve.api.generation import Scheduler
@@ -112,6 +113,8 @@ def serve_one(
     `on_ready` is given one line on the server. Raises as `ServedModel`.
     """
     log_lines("" if counts is None else f" replica {replica}")
+    LOG.info("loading %s; with drafts this can take minutes", settings.folder.name)
+    disable_progress_bar()  # of weights, by transformers
     model = ServedModel(settings)
     scheduler = scheduler_of(model)
     server = ModelServer(settings, model, scheduler, Metrics(replica, counts))
