@@ -248,6 +248,7 @@ def test_the_report_opens_with_the_answer_and_its_price() -> None:
     data = with_kept(made_up_results())
     data["cells"][5]["quality_of"] = "dense"
     data["cells"][5]["speed"]["decode_ratio"] = estimate(1.2)
+    data["cells"][5]["speculation"]["speedup_ci95"] = [1.1, 1.3]
     data["cells"][1]["size"]["disk_bytes"] = 50_000_000
     report = _report(data)
     speed, size, exact = summary(report)
