@@ -55,7 +55,7 @@ def prune(
         ),
     ] = False,
 ) -> None:
-    """Remove stored models that no run uses, and models that a run did not finish."""
+    """Remove stored models that no run uses, and unfinished models."""
     freed = 0
     for entry in stored.prunable(out):
         if not dry_run and not stored.remove(out, entry):

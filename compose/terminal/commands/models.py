@@ -190,8 +190,8 @@ def tune_draft(
     ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Measure which kind of draft makes speculative decoding of a model fastest, and store it in
-    the model folder as the default."""
+    """Find the kind of draft with which a model decodes fastest (speculative decoding), and store
+    it in the model folder as the default."""
     from compose.contract import TuneJob
     from compose.terminal.live.progress import ask_shown
     from compose.terminal.show import print_tuned

@@ -139,8 +139,8 @@ def run(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Download models from this URL that another run has already made, and upload new"
-            " models to it.",
+            help="A shared store of models: download models that another run has made, and upload"
+            " new models.",
         ),
     ] = None,
 ) -> None:
