@@ -79,10 +79,10 @@ class Skip(DecodeStage):
     is set. Without `prompt_budget`, prompt tokens skip at `budget`."""
 
     prompt: Literal["budget", "full"] = "budget"
-    """Whether prompt tokens skip branches at `budget` (`budget`) or skip nothing (`full`)."""
+    """Whether prompt tokens skip branches as `budget` sets (`budget`) or skip nothing (`full`)."""
 
     answer: Literal["budget", "full"] = "budget"
-    """Whether answer tokens skip branches at `budget` (`budget`) or skip nothing (`full`)."""
+    """Whether answer tokens skip branches as `budget` sets (`budget`) or skip nothing (`full`)."""
 
     hold: bool = False
     """Whether the decoder keeps each text of a batch at the budget, and not only the average of the

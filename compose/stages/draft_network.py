@@ -73,7 +73,7 @@ class DraftNetwork(Stage):
     training text."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = DRAFT.precision
-    """Mixed precision of the training, with the names of the library accelerate."""
+    """Mixed precision in training, named as in the library accelerate."""
 
     @model_validator(mode="after")
     def _learns_something(self) -> Self:

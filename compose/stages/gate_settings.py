@@ -79,8 +79,8 @@ class GateSettings(_Group):
     gates.safetensors file."""
 
     kv: Literal["project", "copy"] = "project"
-    """Where a token that skips the attention of a layer gets its keys and values: computed in this
-    layer (`project`), or copied from the layer below (`copy`)."""
+    """Keys and values of a token that skips the attention of a layer: computed in the same layer
+    (`project`), or copied from the layer below (`copy`)."""
 
 
 class TrainSettings(_Group):
@@ -95,9 +95,9 @@ class TrainSettings(_Group):
     at the end of training."""
 
     schedule: Literal["sampled", "linear", "cosine"] = TRAIN.schedule
-    """How the share of compute that training allows (its budget) changes from 1 to `budget`: it
-    falls linearly (`linear`) or along a cosine (`cosine`), or each step draws a random budget above
-    a falling lower bound (`sampled`)."""
+    """How the share of compute that training allows falls from 1 to `budget`: linearly (`linear`),
+    along a cosine (`cosine`), or drawn at random in each step above a falling lower bound
+    (`sampled`)."""
 
     loss: Literal["distill", "cross-entropy", "both"] = TRAIN.loss
     """Loss for training the gates: distance from the dense model's predictions (`distill`),
@@ -118,14 +118,14 @@ class TrainSettings(_Group):
     """Weight, in the training loss, of the penalty that `sparsity` sets."""
 
     masks: Literal["straight-through", "soft", "hard"] = TRAIN.masks
-    """How training decides whether a token skips a branch: 0 or 1 as in decoding, with the gradient
-    of a sigmoid (`straight-through`); a sigmoid, so that a branch is computed in part (`soft`); or
-    0 or 1 without a gradient (`hard`). `masks: hard` needs `scales: true`, because gates then learn
-    only by scaling the outputs of branches."""
+    """Values of the skip masks in training: 0 or 1 as in decoding, with the gradient of a sigmoid
+    (`straight-through`); a sigmoid, so that a branch is computed in part (`soft`); or 0 or 1
+    without a gradient (`hard`). `masks: hard` needs `scales: true`, because gates then learn only
+    by scaling the outputs of branches."""
 
     ranking: Literal["global", "uniform", "rows"] = TRAIN.ranking
-    """Which tokens skip a branch during training: those below one threshold for all branches
-    (`global`), an equal share of tokens in each branch (`uniform`), or those below one threshold
+    """Which tokens skip a branch during training: tokens below one threshold for all branches
+    (`global`), an equal share of tokens in each branch (`uniform`), or tokens below one threshold
     for each text of a batch (`rows`). With `ranking: rows`, every text of a batch meets the budget,
     as in decoding with `skip: {hold: true}`, and each training step needs a second pass."""
 
@@ -176,8 +176,8 @@ class TrainSettings(_Group):
     activations (gradient checkpointing), which saves memory and takes more time."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = TRAIN.precision
-    """Mixed precision of the training, with the names of the library accelerate. `auto` means bf16
-    if the device computes fast in bf16."""
+    """Mixed precision in training, named as in the library accelerate. `auto` means bf16 if the
+    device computes fast in bf16."""
 
     on_policy: OnPolicyText | None = None
     """Settings of a second training phase, in which the model writes part of the training text

@@ -94,8 +94,8 @@ class Heal(Stage):
     (gradient checkpointing), which saves memory and takes more time."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = HEAL.precision
-    """Mixed precision of the training, with the names of the library accelerate. `auto` means bf16
-    if the device computes fast in bf16."""
+    """Mixed precision in training, named as in the library accelerate. `auto` means bf16 if the
+    device computes fast in bf16."""
 
     validate_every: int = Field(default=HEAL.validate_every, ge=0)
     """Number of training steps between two validations, each on four held-out blocks of the

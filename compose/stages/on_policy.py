@@ -23,14 +23,14 @@ class OnPolicyText(BaseModel):
     )
 
     after: Share = DEFAULT.after
-    """Share of the training steps after which training on text of the model itself begins."""
+    """Share of the training steps that come before training on text written by the model."""
 
     share: Share = DEFAULT.share
     """Share of the training passes that use text written by the model, once training on such text
     has begun."""
 
     every: int = Field(default=DEFAULT.every, ge=1)
-    """Number of training steps after which the model writes new training text."""
+    """Interval, in training steps, at which the model writes new training text."""
 
     tokens: int = Field(default=DEFAULT.tokens, ge=1)
     """Number of tokens that the model writes at the end of each block of training text."""

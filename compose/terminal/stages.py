@@ -66,7 +66,7 @@ def stage_text(use: str) -> str:
             required = name in schema.get("required", ())
             lines += _setting(f"{group}{name}", entry, schema, required=required)
     if inside:
-        lines += ["", "In a file, a setting can be written inside its group or without the group."]
+        lines += ["", "A pipeline file may omit a setting's group: the word before the first dot."]
     return "\n".join(lines)
 
 

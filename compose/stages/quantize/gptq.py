@@ -76,7 +76,7 @@ class Gptq(Stage):
     The authors of FOEM use a beta of 0.1 to 0.25. Without `foem`, the stage uses plain GPTQ."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not quantized, in every decoder layer, identified by the end of their
+    """Linear layers that are not quantized in any decoder layer, identified by the end of their
     names, such as `down_proj` or `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)

@@ -118,7 +118,7 @@ class Integers(Stage):
     is added to the diagonal of the matrix of second moments."""
 
     skip: tuple[str, ...] = ()
-    """Linear layers that are not quantized, in every decoder layer, identified by the end of their
+    """Linear layers that are not quantized in any decoder layer, identified by the end of their
     names, such as `down_proj` or `self_attn.v_proj`."""
 
     mixed: dict[str, Bits] = Field(default_factory=dict)
