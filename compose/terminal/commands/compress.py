@@ -25,7 +25,7 @@ def compress(
         int | None,
         typer.Option(
             metavar="BITS",
-            help="Bits per weight: 8, 4 or 3. By default, 8 bits and 4 bits are tried.",
+            help="Bits per weight: 8, 4 or 3; by default, both 8 and 4 are tried.",
         ),
     ] = None,
     at_most_mb: AtMostMb = None,
@@ -34,8 +34,8 @@ def compress(
         bool,
         typer.Option(
             "--quick",
-            help="Round the weights without calibration text, which takes minutes and loses more"
-            " quality.",
+            help="Round the weights without calibration text; rounding takes minutes, and loses"
+            " more quality.",
         ),
     ] = False,
     best: Annotated[

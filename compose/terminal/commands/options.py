@@ -64,8 +64,8 @@ Workers = Annotated[
     typer.Option(
         metavar="COUNT",
         min=1,
-        help="Maximum number of processes that run at the same time. With --workers 1, the"
-        " one process uses all cores.",
+        help="Maximum number of processes that run at the same time. With --workers 1, one"
+        " process uses all cores.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only failures and the result.")]
@@ -141,8 +141,8 @@ Budget = Annotated[
 Speculate = Annotated[
     bool | None,
     typer.Option(
-        help="Decode with or without drafts (speculative decoding); by default, as the model"
-        " folder says."
+        help="Decode with or without drafts (speculative decoding); by default, the model"
+        " folder decides."
     ),
 ]
 DraftModel = Annotated[

@@ -31,14 +31,14 @@ def serve(
         typer.Option(
             metavar="KEY",
             envvar=KEY_VARIABLE,
-            help="Answer only requests that have this key. Other users of the machine can read the"
+            help="API key that requests must contain. Other users of the machine can read the"
             " options of a command, so set the environment variable instead.",
         ),
     ] = None,
     name: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="A further name of the model in requests, beside the folder's."
+            metavar="NAME", help="Another name of the model in requests, besides the folder name."
         ),
     ] = None,
     budget: Budget = None,
@@ -52,8 +52,8 @@ def serve(
         typer.Option(
             metavar="COUNT",
             min=2,
-            help="Maximum number of tokens of a prompt and its answer. By default, 4096 or the"
-            " model's maximum, if that is smaller.",
+            help="Maximum number of tokens of a prompt and its answer together. By default, 4096,"
+            " or the model's maximum if smaller.",
         ),
     ] = None,
     max_queue: Annotated[
@@ -75,13 +75,13 @@ def serve(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Number of processes that share the port. Each has its own cores, its own copy of"
-            " the model, and the limits above.",
+            help="Number of server processes that share the port. Each has its own cores, its own"
+            " copy of the model, and the limits above.",
         ),
     ] = ServeSettings.replicas,
     keep_blocks: BlocksOrNot = None,
 ) -> None:
-    """Serve a model over HTTP, with the API of OpenAI."""
+    """Serve a model over HTTP with an OpenAI-compatible API."""
     from compose.extras import require
     from compose.terminal.commands.models import as_folder
 
