@@ -114,8 +114,8 @@ class Integers(Stage):
     in 4 bits, but not in 8 bits. `compensate` and `allocate` need `calibrate: true`."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
-    """Damping of the error compensation: the mean second moment of a layer's inputs, times `damp`,
-    is added to the diagonal of the matrix of second moments."""
+    """Damping of the error compensation: `damp` times the mean second moment of a layer's inputs is
+    added to the diagonal of their second-moment matrix."""
 
     skip: tuple[str, ...] = ()
     """Linear layers that are not quantized in any decoder layer, identified by the end of their
@@ -457,10 +457,10 @@ class WithOffset(Integers):
     version: ClassVar[int] = 6
 
     offset: Literal["real", "integer"] = "real"
-    """Kind of offset that each group of weights has: a minimum, as in GGUF's Q4_1 (`real`), or an
-    integer zero point, as in the GPTQ format (`integer`). `offset: integer` writes a folder in the
-    GPTQ format, which gptqmodel, vLLM and transformers read. With `offset: integer`, all linear
-    layers get the same number of bits, and the embedding and the LM head are not quantized."""
+    """Offset of each group of weights: a minimum as in GGUF's Q4_1 (`real`), or an integer zero
+    point as in the GPTQ format (`integer`). `offset: integer` writes a folder in the GPTQ format,
+    which gptqmodel, vLLM and transformers read. With `offset: integer`, all linear layers get the
+    same number of bits, and the embedding and the LM head are not quantized."""
 
     values: Bits | None = 8
     """Bits per weight of the value projections (`v_proj`), which are 3 % of SmolLM2's weights and

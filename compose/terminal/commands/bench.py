@@ -27,18 +27,18 @@ def bench(
             " skipped. draft:BUDGET can have the suffixes +auto, +int4, +int3, +int2, +nf4,"
             " +int4-head, +learned, +lookup, +LENGTH and +verifyBUDGET. skip:BUDGET and"
             " draft:BUDGET can have the suffix +promptBUDGET, the budget for prefill. Every"
-            " way of decoding can have the suffix +int8-kv (KV cache in 8 bits) and a backend"
-            " as prefix, as in gathered:plain. docs/reference/cli.md explains all suffixes."
-            " All results are compared with those of the first folder and the first way of"
-            " decoding.",
+            " way of decoding can have the suffix +int8-kv (8-bit KV cache) and a prefix that"
+            " names a backend, as in gathered:plain. docs/reference/cli.md explains all suffixes."
+            " The baseline is the first folder with the first way of decoding.",
         ),
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PEER",
-            help="Also run the model of the first folder in another engine: llama.cpp:q4_k_m,"
-            " openvino:int4, onnxruntime:int4, transformers, transformers:compiled, ...",
+            help="Also measure the model of the first folder in another inference engine:"
+            " llama.cpp:q4_k_m, openvino:int4, onnxruntime:int4, transformers,"
+            " transformers:compiled, ...",
         ),
     ] = None,
     batch: Annotated[
@@ -54,16 +54,16 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Length of the prompt in tokens; 128 by default. If several prompt lengths are"
-            " given, all after the first are measured with a batch size of 1.",
+            help="Length of the prompt in tokens; 128 by default. All prompt lengths after the"
+            " first are measured with a batch size of 1.",
         ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="PROMPTS",
-            help="Prompts to answer: a JSON Lines file that gives each prompt a category, or the"
-            " name of prompts that ship with gateskip.",
+            help="Prompts for the speed measurement: a JSON Lines file with a category for each"
+            " prompt, or the name of a prompt set that ships with gateskip.",
         ),
     ] = None,
     limit: Annotated[
@@ -71,7 +71,7 @@ def bench(
         typer.Option(
             metavar="COUNT",
             min=1,
-            help="Number of prompts of each category in one round; each round uses other prompts.",
+            help="Number of prompts per category in each round; rounds use different prompts.",
         ),
     ] = None,
     new_tokens: Annotated[
@@ -162,8 +162,8 @@ def bench(
         bool,
         typer.Option(
             show_default=False,
-            help="Let the task humaneval run the code that a model writes: in a child process with"
-            " limits of time, memory and files, without network.",
+            help="Let the task humaneval run code that a model writes, in a child process without"
+            " network and with limits on time, memory and files.",
             rich_help_panel=QUALITY,
         ),
     ] = False,
@@ -185,7 +185,7 @@ def bench(
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
-    """Measure the speed of models, ways of decoding and other engines, and compare the results.
+    """Measure and compare the speed of models, ways of decoding and other inference engines.
     With --quality, the command also measures quality."""
     from compose.assets import default_cache
     from compose.planning.bench_plan import bench_plan, default_name

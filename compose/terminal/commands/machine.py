@@ -43,7 +43,7 @@ def stages(
 
 
 def schema() -> None:
-    """Print the JSON Schema of pipeline files, with which editors can check such files."""
+    """Print the JSON Schema with which editors can check pipeline files."""
     from compose.language.parse import to_json_schema
 
     typer.echo(json.dumps(to_json_schema(), indent=2))

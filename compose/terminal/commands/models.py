@@ -66,7 +66,7 @@ def generate(
         typer.Option(metavar="TEXT", help="End the answer when the model writes this text."),
     ] = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Also print the decode speed and the numbers of tokens.")
+        bool, typer.Option("--stats", help="Also print decode speed, settings and token counts.")
     ] = False,
     keep_blocks: BlocksOrNot = None,
 ) -> None:

@@ -106,7 +106,7 @@ AtMostPerplexityRatio = Annotated[
     float | None,
     typer.Option(
         metavar="RATIO",
-        help="Maximum perplexity of a variant, divided by the perplexity of the baseline (the"
+        help="Maximum ratio of a variant's perplexity to the perplexity of the baseline (the"
         " original model by default).",
     ),
 ]
@@ -118,7 +118,7 @@ MinRetained = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="Minimum task score of a variant, divided by the task score of the baseline (the"
+        help="Minimum ratio of a variant's task score to the task score of the baseline (the"
         " original model by default), from 0 to 1.",
     ),
 ]

@@ -61,15 +61,15 @@ class PickOptions:
         bool,
         typer.Option(
             "--by-estimate",
-            help="Compare the estimate of each quality metric with its limit; by default, the"
-            " worse end of its 95 % confidence interval must be within the limit.",
+            help="Compare the measured value of each quality metric with its limit; by default, the"
+            " worse end of the metric's 95 % confidence interval must be within the limit.",
         ),
     ] = False
     require_lossless: Annotated[
         bool,
         typer.Option(
-            help="Leave out variants with drafts unless a check has shown that their drafts do"
-            " not change the output; on by default.",
+            help="Choose a variant with drafts only if a check has shown that its drafts do not"
+            " change the output; on by default.",
             show_default=False,
         ),
     ] = True

@@ -75,7 +75,7 @@ def plan(
     ] = False,
 ) -> None:
     """List the models that a run of a pipeline file would make, and the variants (combinations of
-    stages) that it would measure."""
+    stages) that the run would measure."""
     from compose.assets import default_cache
     from compose.outputs.run_folder import RunFolder
     from compose.planning.prepare import load_plan, model_shape
@@ -191,8 +191,7 @@ def search(
         typer.Option(
             metavar="MINUTES",
             min=0,
-            help="Time after which the search starts to measure no further sequence of stages, in"
-            " minutes.",
+            help="Time in minutes after which the search tries no new sequence of stages.",
         ),
     ] = None,
     out: Out = Path("runs"),
@@ -201,8 +200,8 @@ def search(
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
-    """Find the sequence of stages that is best in one metric, within limits on size and quality
-    that the options set (docs/search.md)."""
+    """Find the sequence of stages that is best in one metric, within given limits on size and
+    quality (docs/search.md)."""
     from compose.language.parse import load_pipeline
     from compose.processes.executors import make_executor
     from compose.search.target import make_target
