@@ -53,7 +53,7 @@ class GateskipOptions(Body):
     """How an answer is decoded; by default, as the folder says."""
 
     budget: float | None = Field(default=None, gt=0, le=1)
-    """Share of the branches' multiply-adds that is computed: of the answer, or of drafts."""
+    """Share of the branches' multiply-adds that is computed; needs mode `skip`."""
     mode: Literal["plain", "skip", "speculate"] | None = None
     deadline_s: float | None = Field(default=None, gt=0)
     """Seconds after which the answer ends with the tokens that it has."""
