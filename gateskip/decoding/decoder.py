@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Literal, Unpack, get_args
 
 import torch
@@ -16,6 +17,7 @@ from gateskip.decoding.draft_cache import DraftCache
 from gateskip.decoding.draft_choice import fastest
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.draft_models import LearnedDraft, Weights, make_draft, reads_text
+from gateskip.decoding.own_text import OwnText, own_text
 from gateskip.decoding.phases import FULL, Phase, Phases, check_phases
 from gateskip.decoding.prefill import commit_next, prefill
 from gateskip.decoding.rows import Row, StopConditions
@@ -24,6 +26,7 @@ from gateskip.decoding.self_generate import write
 from gateskip.decoding.speculation import Drafting, speculate
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.decoding.vocabulary import require_same_vocabulary
+from gateskip.kernels.autotune import by_capability
 from gateskip.model.compute import Saving, Usage, Work, kept_share, saving
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.runtime.backend import Arithmetic, BackendName, Cache, SampleRequest, Thresholds
@@ -95,7 +98,10 @@ class Decoder:
 
     def forget_draft_costs(self) -> None:
         """Measure again the cost and acceptance of drafts, for example after a change of the thread
-        count."""
+        count. Copies that `auto` chose are dropped."""
+        for name, _ in self._fastest.values():
+            if name is not None and reads_text(name):
+                self._drafters.pop(name, None)
         self._controllers, self._fastest = {}, {}
 
     def thresholds(self, budget: float) -> Thresholds:
@@ -221,19 +227,31 @@ class Decoder:
         if weights == "model" and self.draft_model is None:
             raise ValueError(NO_MODEL)
         if weights not in self._drafters:
-            blocks = write(self, *SELF_WRITTEN) if reads_text(weights) else None
-            self._drafters[weights] = make_draft(self.skipping, weights, blocks)
+            text = self._own_text if reads_text(weights) else None
+            self._drafters[weights] = make_draft(self.skipping, weights, text)
         return self._drafters[weights]
+
+    @cached_property
+    def _own_text(self) -> OwnText:
+        return own_text(
+            self.skipping.model, self.skipping.gates, partial(write, self, *SELF_WRITTEN)
+        )
 
     def fastest_draft(self, budget: float = 1.0) -> tuple[Weights | None, bool]:
         """The fastest draft at a budget (None if no draft is possible), and whether it is faster
         than plain decoding. This is measured once per machine."""
         if budget not in self._fastest:
             before = set(self._drafters)
-            self._fastest[budget] = fastest(self, budget)
-            for name in self._drafters.keys() - before - {self._fastest[budget][0]}:
-                del self._drafters[name]
+            name, pays = self._fastest[budget] = fastest(self, budget)
+            for other in self._drafters.keys() - before - ({name} if pays else set()):
+                del self._drafters[other]
         return self._fastest[budget]
+
+    def first_draft(self, budget: float = 1.0) -> Weights | None:
+        """The draft that `auto` tries first at a budget; None if no draft is possible. Nothing is
+        measured."""
+        with by_capability():
+            return fastest(self, budget)[0]
 
     def generate(
         self,

@@ -7,7 +7,6 @@ Plain decoding is measured with them, and wins where no draft is faster.
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 
 from gateskip.decoding.config import DraftConfig
 from gateskip.decoding.draft_models import LearnedDraft, Weights, candidates
+from gateskip.decoding.own_text import fingerprint
 from gateskip.decoding.self_generate import asked_ids
 from gateskip.decoding.stats import Generation
 from gateskip.kernels import autotune
@@ -39,7 +39,6 @@ TURNS = 2  # of each prompt, the faster of which counts: another process may hav
 SECONDS = 0.7  # that a turn of plain decoding lasts, within
 MIN_TOKENS, MAX_TOKENS = 16, 128  # of a turn
 CLEARLY = 1.03  # times as fast as plain decoding a draft must be: noise must not choose
-SAMPLED = 32  # numbers of each tensor by which a model is known again
 PLAIN = "plain"
 Speeds = dict[str, float]
 """Name of the draft -> speed relative to plain decoding; 1 for `plain`."""
@@ -132,14 +131,3 @@ def _rate(generation: Generation) -> float:
     """Tokens a second after the first token, which comes from prefill."""
     stats = generation.stats
     return (stats.new_tokens - len(generation.tokens)) / max(stats.decode_s, 1e-9)
-
-
-def fingerprint(model: Any, thresholds: Thresholds) -> str:
-    """A text that identifies a model's weights and its drafts' thresholds."""
-    digest = hashlib.sha256(repr(thresholds and list(thresholds)).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].contiguous()
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]

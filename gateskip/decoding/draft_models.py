@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gateskip.decoding.own_text import OwnText
 from gateskip.model.draft_network import DraftNetwork, frequent
 from gateskip.model.families import UnsupportedModel, embed, logit_cap
 from gateskip.quantization.dequantize import dense_weight, stored_bits
@@ -21,7 +22,6 @@ from gateskip.quantization.draft_copy import (
     draft_head,
     integer_copy,
     nf4_copy,
-    read_text,
 )
 from gateskip.runtime.backend import SampledTokens, SampleRequest
 from gateskip.runtime.engine import Engine
@@ -43,27 +43,26 @@ def reads_text(weights: Weights) -> bool:
     return weights == "int4-head" or weights in COPIES
 
 
-def make_draft(skipping: SkippingModel, weights: Weights, blocks: Tensor | None) -> SkippingModel:
-    """The draft model of this name; blocks [N, S] are token ids, given where `reads_text` says so.
+def make_draft(skipping: SkippingModel, weights: Weights, text: OwnText | None) -> SkippingModel:
+    """The draft model of this name; `text` is given where `reads_text` says so.
 
     Raises ValueError where a copy would not have fewer bits than the model's weights.
     """
     with torch.inference_mode():
-        inputs = None if blocks is None else read_text(skipping.model, blocks)
         copied = skipping.model
-        if inputs is None:
+        if text is None:
             copied = nf4_copy(skipping.model)
         elif weights in COPIES:
-            copied = integer_copy(skipping.model, inputs, COPIES[weights])
+            copied = integer_copy(skipping.model, text.inputs, COPIES[weights])
     try:
         draft = SkippingModel(copied, skipping.gates, skipping.kv_rule, skipping.backend.name)
     except UnsupportedModel:
         return SkippingModel(copied, skipping.gates, skipping.kv_rule)
-    if draft.engine is not None and skipping.engine is not None and inputs is not None:
-        assert blocks is not None, "inputs were read of them"
-        tokens = drafted_tokens(blocks, skipping.model.get_input_embeddings().num_embeddings)
+    if draft.engine is not None and skipping.engine is not None and text is not None:
+        vocabulary = skipping.model.get_input_embeddings().num_embeddings
+        tokens = drafted_tokens(text.blocks, vocabulary)
         how = COPY_HEAD if weights in COPIES else HEAD
-        head = draft_head(skipping.model, inputs, how, tokens)
+        head = draft_head(skipping.model, text.inputs, how, tokens)
         if head is not None:
             draft.engine.use_draft_head(head, skipping.engine.head, tokens)
     return draft

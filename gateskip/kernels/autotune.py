@@ -60,8 +60,14 @@ def made() -> dict[str, Any]:
 
 def choices_file() -> Path:
     """The file with this machine's answers, for this version of torch."""
+    return stored_beside("choices.json")
+
+
+def stored_beside(name: str) -> Path:
+    """A file beside the compiled kernels, of its own for each processor and version of torch."""
     stamp = hashlib.sha256(processor() + torch.__version__.encode()).hexdigest()[:16]
-    return cache_folder() / f"choices-{stamp}.json"
+    stem, dot, ending = name.rpartition(".")
+    return cache_folder() / f"{stem}-{stamp}{dot}{ending}"
 
 
 def choices() -> dict[str, Any]:

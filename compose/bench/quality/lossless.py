@@ -35,8 +35,12 @@ def check_lossless(
     a budget, or after prompts that skip, are compared with decoding that skips as much. With a
     draft length of `auto` the prompts are decoded twice. The first pass uses a fixed draft length,
     since a decoder that falls back to plain steps would pass without drafting; the second uses the
-    lengths that the cell chooses. The verdict covers both.
+    lengths that the cell chooses. The verdict covers both. Of drafts that are chosen by their speed
+    the first is checked, because other work may run beside the check.
     """
+    if decoder.draft_model is None and settings.get("draft_weights") in (None, "auto"):
+        first = decoder.first_draft(settings.get("draft_budget", 1.0))
+        settings = {**settings, "draft_weights": first or "own"}
     own_length = settings["draft_length"]
     forced_length = FORCED_DRAFT if own_length == "auto" else own_length
     skips = {

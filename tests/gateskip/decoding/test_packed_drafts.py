@@ -17,15 +17,18 @@ from compose.artifacts.folder import copy_companions
 from compose.bench.quality.lossless import check_lossless
 from compose.bench.speed.measure import held_bytes
 from compose.stages.registry import STAGES, DataSpec, StageJob
+from gateskip.decoding import decoder as decoder_module
 from gateskip.decoding import draft_choice
 from gateskip.decoding.decoder import Decoder
-from gateskip.decoding.draft_choice import PLAIN, fingerprint
+from gateskip.decoding.draft_choice import PLAIN
 from gateskip.decoding.draft_models import candidates, draft_copies
+from gateskip.decoding.own_text import fingerprint
 from gateskip.kernels import autotune
 from gateskip.quantization.dequantize import dense_weight, linear_layers, stored_bits
 from gateskip.quantization.draft_copy import COPIES, integer_copy, nf4_copy, read_text
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.runtime.skipping import SkippingModel
 
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"use": "bnb", "format": "int8"},
@@ -229,7 +232,8 @@ def test_the_fastest_draft_is_measured_once_and_remembered(
     assert autotune.made()[question] == found, "it is in the record of the run"
     chosen, pays = dense.fastest_draft()
     assert own.stats.draft_weights == (chosen if pays else "none")
-    assert {model for model in dense._drafters if model != "own"} == {chosen}, "others are dropped"
+    drafting = {chosen} if pays else set()
+    assert set(dense._drafters) == {"own", *drafting}, "others are dropped"
 
     def again(*_: object) -> dict[str, float]:
         raise AssertionError("it was measured before")
@@ -251,6 +255,40 @@ def test_where_no_draft_is_faster_nothing_is_drafted(
     assert set(dense._drafters) == {"own"}, "no copy is made"
     forced = dense.generate(rows, 24, "speculate", draft_length=3, **AUTO)
     assert forced.stats.draft_weights == "int4" and forced.stats.drafted > 0
+
+
+def test_the_models_own_text_is_stored_and_read_again(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = gateskip.load(tiny_llama).drafter("int4")
+    (file,) = autotune.stored_beside("x").parent.glob("own-text-*")
+
+    def codes(drafter: SkippingModel) -> list[torch.Tensor]:
+        return [part.codes for part in drafter.model.modules() if isinstance(part, PackedLinear)]
+
+    def write(*_: object) -> torch.Tensor:
+        raise AssertionError("the text is stored")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_module, "write", write)
+        again = gateskip.load(tiny_llama).drafter("int4")
+    assert all(map(torch.equal, codes(first), codes(again))) and codes(first)
+    file.write_bytes(file.read_bytes()[:-8])
+    damaged = gateskip.load(tiny_llama).drafter("int4")
+    assert all(map(torch.equal, codes(first), codes(damaged)))
+
+
+def test_a_choice_for_other_threads_leaves_no_copy_behind(
+    dense: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, {PLAIN: 1.0, "int4": 1.5, "int3": 1.2})
+    dense.prepare_drafts()
+    assert set(dense._drafters) == {"own", "int4"}
+    dense.forget_draft_costs()
+    answers(monkeypatch, {PLAIN: 1.0, "int4": 1.2, "int3": 1.5})
+    monkeypatch.setattr(draft_choice.autotune, "choice", lambda question, measure: measure())
+    dense.prepare_drafts()
+    assert set(dense._drafters) == {"own", "int3"}
 
 
 def test_another_process_for_a_while_does_not_choose(
