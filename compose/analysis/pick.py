@@ -309,7 +309,7 @@ def _nothing_left(
     else:
         many = len(cells)
         alone = ", ".join(f"{count} of {many} meet {bound.required()}" for bound, count in left)
-        message = f"no variant meets all bounds together: {alone}"
+        message = f"no variant meets all limits together: {alone}"
     nearest = min(
         cells,
         key=lambda cell: (

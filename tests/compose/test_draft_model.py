@@ -119,7 +119,7 @@ def test_the_path_is_relative_to_the_file_and_the_content_is_part_of_the_key(
 def test_a_folder_without_a_model_is_refused_at_its_line(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"drafts\.yaml:7.*no model \(config\.json\)"):
         planned(tmp_path, tiny_llama, "./nothing")
-    with pytest.raises(AssetError, match=r"drafts\.yaml:7.*neither an alias nor a folder"):
+    with pytest.raises(AssetError, match=r"drafts\.yaml:7.*neither a short name nor a folder"):
         planned(tmp_path, tiny_llama, "smolm2-135m-instruct")
 
 

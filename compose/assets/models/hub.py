@@ -32,8 +32,8 @@ def require_hub_id(source: str) -> None:
         raise AssetError(f"there is no model folder {source!r}", fix="check the path")
     if "/" not in source:
         raise AssetError(
-            f"model {source!r} is neither an alias nor a folder: {suggest(source, MODELS)}",
-            fix="name an alias, a folder, a .gguf file, or a hub id with its owner (owner/name)",
+            f"model {source!r} is neither a short name nor a folder: {suggest(source, MODELS)}",
+            fix="take a short name, a folder, a .gguf file, or a hub id with its owner (owner/name)",
         )
 
 

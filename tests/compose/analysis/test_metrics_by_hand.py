@@ -277,7 +277,7 @@ class TestPick:
         with pytest.raises(UserError) as caught:
             pick(results, max_bytes=300)
         assert str(caught.value).startswith(
-            "no variant meets all bounds together: 2 of 3 meet disk <= 300 B, "
+            "no variant meets all limits together: 2 of 3 meet disk <= 300 B, "
             "1 of 3 meet lossless drafts; the nearest is 'dense': disk 500 B"
         ), str(caught.value)
 

@@ -501,7 +501,7 @@ def test_files_that_cannot_be_read(name: str, content: str, message: str, tmp_pa
     ("source", "message"),
     [
         ("calibration-txt", "did you mean 'calibration-text'"),
-        ("texts/none.jsonl", "neither an alias nor a file"),
+        ("texts/none.jsonl", "neither a short name nor a file"),
         ("nobody/nothing", "the Hugging Face hub does not answer"),
         ("wikitext2", "GATESKIP_DATA has no wikitext2_raw_test"),
     ],

@@ -319,7 +319,7 @@ def test_what_reaches_the_bound_is_never_dropped_for_it() -> None:
     assert [each.name for each in halved.survivors] == ["open-fast", "sure-fast", "open", "sure"]
     assert "misses" in halved.dropped[("beyond",)]
     assert "0.2 (0.15 to 0.25)" in halved.dropped[("beyond",)]
-    assert "2 chains that surely meet the bound are better" in halved.dropped[("open-slow",)]
+    assert "2 better sequences surely meet the limits" in halved.dropped[("open-slow",)]
     assert halved.dropped[("broken",)] == "failed: out of memory"
 
 

@@ -185,7 +185,7 @@ def test_a_file_names_them_and_they_are_part_of_the_keys(tmp_path: Path) -> None
 def test_a_text_that_does_not_exist_is_refused_at_its_line(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
     file.write_text(FILE.format(first="traning-text"))
-    with pytest.raises(Exception, match="neither an alias nor a file") as caught:
+    with pytest.raises(Exception, match="neither a short name nor a file") as caught:
         load_plan(file, tmp_path)
     assert "p.yaml:6" in str(caught.value)
     file.write_text(FILE.format(first="./none.txt"))
