@@ -33,7 +33,7 @@ def require_hub_id(source: str) -> None:
     if "/" not in source:
         raise AssetError(
             f"model {source!r} is neither a short name nor a folder: {suggest(source, MODELS)}",
-            fix="take a short name, a folder, a .gguf file, or a hub id with its owner (owner/name)",
+            fix="take a short name, a folder, a .gguf file or a hub id (owner/name)",
         )
 
 
