@@ -63,6 +63,7 @@ def autogptq_weight(tensors: dict[str, Tensor], layer: str) -> Tensor:
     return (scales[groups] * (codes - zeros[groups])).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptqmodels_own_loader_takes_our_folders(bits: int, quantize: Callable[..., Made]) -> None:
     """And vLLM's finds what it reads: four tensors a layer, and these entries of the config."""
@@ -102,6 +103,7 @@ def test_loading_mixed_bits_leaves_transformers_tables_as_they_were(
 MIXED = {"use": "gptq", "group_size": 32, "mixed": {"down_proj": 8, "0.self_attn.v_proj": 8}}
 
 
+@pytest.mark.slow
 def test_layers_may_differ_in_bits(quantize: Callable[..., Made]) -> None:
     """Errors fall where bits were added; the engine and gptqmodel's own loader see one model."""
     from gptqmodel import BACKEND, GPTQModel
@@ -313,6 +315,7 @@ def test_no_text_and_no_path_stays_in_the_config(use: str, quantize: Callable[..
     assert "input_ids" not in written and "tensor(" not in written and "License" not in written
 
 
+@pytest.mark.slow
 def test_more_bits_err_less(quantize: Callable[..., Made]) -> None:
     errors = [mean(quantize(use="gptq", bits=bits)[1]) for bits in (2, 3, 4, 8)]
     assert errors == sorted(errors, reverse=True)

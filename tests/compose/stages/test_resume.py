@@ -161,6 +161,7 @@ STAGES["int4"].model_validate({"use": "int4"}).run(
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_between_layers(
     tiny_llama: Path, licence_text: Path, tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ def test_int8_decodes_through_the_engine(run: Callable[..., Path]) -> None:
     assert (ours - theirs).abs().mean() < 0.05 * theirs.float().std()
 
 
+@pytest.mark.slow
 def test_packed_gptq_weights_are_the_modules_own(run: Callable[..., Path]) -> None:
     """Symmetric or not: what our kernels unpack is what gptqmodel dequantizes."""
     from gateskip.quantization.folders import load_model

@@ -307,6 +307,7 @@ def together(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_with_their_batch(
