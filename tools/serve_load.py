@@ -1,0 +1,257 @@
+"""How servers with OpenAI's API behave under load: the same requests, by turns.
+
+    python tools/serve_load.py ours=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1:8080
+    python tools/serve_load.py ours=URL llama.cpp=URL --clients 1 8 32 --rounds 3 --out load.json
+    python tools/serve_load.py ours=URL llama.cpp=URL --chat 10
+
+Each client sends its next request as soon as its last answer ended. A request continues a piece of
+English text of 32 to 2,000 tokens by 64 to 256 tokens, greedily and streamed. In each round all
+servers get the same requests, one server after the other, and each round has other texts, so that
+no prompt repeats. For each number of clients the tool prints tokens per second, the time to the
+first token and the time between tokens. The time between two chunks of a stream is divided by the
+mean number of tokens in a chunk. Medians are over rounds; percentiles are over all requests.
+
+With `--chat N`, one client holds a chat of N turns after a system prompt of about 1,000 tokens, and
+the tool prints the time to the first token of each turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from compose.assets.texts import load_texts
+
+TEXT = "heldout-text"
+PROMPT = (32, 2000)  # tokens of a prompt
+ANSWER = (64, 256)  # tokens of an answer
+TOKENS_PER_WORD = 1.35  # of English text, about
+REQUESTS = 3  # of each client in a round, on average
+FEWEST = 8  # requests of a round
+SYSTEM = 1000  # tokens of the system prompt of a chat
+TURN = 64  # tokens of an answer of a chat
+TIMEOUT = 600.0  # seconds of one request
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to continue, and the number of new tokens."""
+
+    prompt: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Times of one answer."""
+
+    new_tokens: int
+    prompt_tokens: int
+    first_s: float
+    """Seconds to the first token."""
+    between_s: tuple[float, ...]
+    """Seconds between tokens: of each chunk after the first, divided by its tokens."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server under test."""
+
+    name: str
+    url: str
+    model: str
+
+
+def main() -> None:
+    """Measure, print, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("servers", nargs="+", metavar="NAME=URL")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chat", type=int, default=0, metavar="TURNS")
+    parser.add_argument("--extra", type=json.loads, default={}, help="further fields of requests")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    results = asyncio.run(_measure(options))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+async def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    async with httpx.AsyncClient(
+        timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)
+    ) as client:
+        servers = [await _server(client, text) for text in options.servers]
+        if options.chat:
+            return [await _chat(client, server, options.chat) for server in servers]
+        for server in servers:  # warm up
+            await _load(client, server, _requests(0, 1, -1), 1, options.extra)
+        return [
+            row
+            for clients in options.clients
+            for row in await _with_clients(client, servers, clients, options)
+        ]
+
+
+async def _server(client: httpx.AsyncClient, text: str) -> Server:
+    name, _, url = text.partition("=")
+    models = (await client.get(f"{url}/v1/models")).json()["data"]
+    return Server(name, url, models[0]["id"])
+
+
+async def _with_clients(
+    client: httpx.AsyncClient, servers: Sequence[Server], clients: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row of results for each server."""
+    rates: dict[str, list[float]] = {server.name: [] for server in servers}
+    answers: dict[str, list[Answer]] = {server.name: [] for server in servers}
+    for number in range(options.rounds):
+        requests = _requests(number, max(FEWEST, REQUESTS * clients), clients)
+        order = servers if number % 2 == 0 else servers[::-1]
+        for server in order:
+            begun = time.perf_counter()
+            done = await _load(client, server, requests, clients, options.extra)
+            seconds = time.perf_counter() - begun
+            rates[server.name].append(sum(answer.new_tokens for answer in done) / seconds)
+            answers[server.name] += done
+    return [
+        _row(server.name, clients, rates[server.name], answers[server.name]) for server in servers
+    ]
+
+
+def _row(name: str, clients: int, rates: list[float], answers: list[Answer]) -> dict[str, Any]:
+    first = [answer.first_s for answer in answers]
+    between = [seconds for answer in answers for seconds in answer.between_s]
+    row = {
+        "server": name,
+        "clients": clients,
+        "tokens_per_s": [round(rate, 2) for rate in rates],
+        "requests": len(answers),
+        "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
+        "new_tokens": sum(answer.new_tokens for answer in answers),
+        "first_token_s": {"p50": _percentile(first, 50), "p95": _percentile(first, 95)},
+        "between_tokens_s": {"p50": _percentile(between, 50), "p95": _percentile(between, 95)},
+    }
+    print(
+        f"{name:12} {clients:3} clients  {statistics.median(rates):7.1f} tokens/s"
+        f"  first token {_percentile(first, 50):.2f} s, p95 {_percentile(first, 95):.2f} s"
+        f"  between tokens p95 {1000 * _percentile(between, 95):.0f} ms",
+        flush=True,
+    )
+    return row
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    ordered = sorted(values)
+    return (
+        round(ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)], 4) if ordered else 0.0
+    )
+
+
+def _requests(number: int, count: int, salt: int) -> list[Request]:
+    """Requests of a round: lengths and texts are drawn by its number."""
+    draw = random.Random(f"{number} {salt}")
+    words = _words()
+    requests = []
+    for _ in range(count):
+        length = math.exp(draw.uniform(*map(math.log, PROMPT)))
+        start = draw.randrange(len(words) - PROMPT[1])
+        text = " ".join(words[start : start + round(length / TOKENS_PER_WORD)])
+        requests.append(Request(text, draw.randint(*ANSWER)))
+    return requests
+
+
+@cache
+def _words() -> list[str]:
+    return re.findall(r"\S+", "\n".join(load_texts(TEXT).rows))
+
+
+async def _load(
+    client: httpx.AsyncClient,
+    server: Server,
+    requests: Sequence[Request],
+    clients: int,
+    extra: dict[str, Any],
+) -> list[Answer]:
+    """Answers to all requests; so many clients take the next one as soon as they are free."""
+    waiting, done = list(reversed(requests)), list[Answer]()
+
+    async def work() -> None:
+        while waiting:
+            request = waiting.pop()
+            fields = {"prompt": request.prompt, "max_tokens": request.tokens, "temperature": 0}
+            done.append(await _ask(client, server, "completions", fields | extra))
+
+    await asyncio.gather(*(work() for _ in range(clients)))
+    return done
+
+
+async def _ask(
+    client: httpx.AsyncClient, server: Server, path: str, fields: dict[str, Any]
+) -> Answer:
+    """One streamed answer."""
+    body = {"model": server.model, "stream": True, "stream_options": {"include_usage": True}}
+    begun, times, usage = time.perf_counter(), list[float](), dict[str, Any]()
+    async with client.stream("POST", f"{server.url}/v1/{path}", json=body | fields) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if any(_text(choice) for choice in chunk.get("choices", ())):
+                times.append(time.perf_counter())
+            usage = chunk.get("usage") or usage
+    count = usage["completion_tokens"]
+    each = (count - 1) / max(1, len(times) - 1)  # tokens of a chunk
+    between = tuple((b - a) / max(1.0, each) for a, b in pairwise(times))
+    first = (times[0] if times else time.perf_counter()) - begun
+    return Answer(count, usage["prompt_tokens"], first, between)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    """The text of a chunk."""
+    return choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+
+
+async def _chat(client: httpx.AsyncClient, server: Server, turns: int) -> dict[str, Any]:
+    """Seconds to the first token of each turn of a chat."""
+    words = _words()
+    messages = [{"role": "system", "content": " ".join(words[: round(SYSTEM / TOKENS_PER_WORD)])}]
+    first = []
+    for turn in range(turns):
+        said = " ".join(words[10_000 + 40 * turn : 10_030 + 40 * turn])
+        messages.append({"role": "user", "content": f"Continue this text: {said}"})
+        begun, at, text = time.perf_counter(), None, ""
+        body = {"model": server.model, "messages": messages, "max_tokens": TURN, "stream": True}
+        url = f"{server.url}/v1/chat/completions"
+        async with client.stream("POST", url, json=body | {"temperature": 0}) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    choices = json.loads(line.removeprefix("data: ")).get("choices", ())
+                    new = "".join(map(_text, choices))
+                    at = at or (time.perf_counter() if new else None)
+                    text += new
+        messages.append({"role": "assistant", "content": text})
+        first.append(round((at or time.perf_counter()) - begun, 4))
+    print(f"{server.name:12} first token of each turn: {', '.join(f'{s:.3f}' for s in first)} s")
+    return {"server": server.name, "first_token_s": first}
+
+
+if __name__ == "__main__":
+    main()
