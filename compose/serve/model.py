@@ -19,6 +19,7 @@ from compose.bench.generate import (
     prepare,
     stop_token_ids,
 )
+from compose.errors import UserError
 from compose.serve.api.errors import ApiError, invalid
 from compose.serve.api.fields import ChatMessage, Options
 from compose.serve.settings import ServeSettings
@@ -33,7 +34,10 @@ BY_LOOKUP = {"draft_weights": "own", "draft_budget": 1.0}
 
 
 class ServedModel:
-    """A loaded model folder. Raises as `open_decoder`."""
+    """A loaded model folder.
+
+    Raises UserError for a folder that decodes with `target: original`, else as `open_decoder`.
+    """
 
     def __init__(self, settings: ServeSettings) -> None:
         self._served = settings
@@ -41,6 +45,11 @@ class ServedModel:
         self.decoder, self.settings = open_decoder(
             settings.folder, budget=settings.budget, speculate=settings.speculate
         )
+        if self.settings.get("target") == "original":
+            raise UserError(
+                f"{settings.folder} decodes with target: original, which a server cannot do",
+                fix="export the variant without `target: original`, or use --no-speculate",
+            )
         if self.settings["mode"] == "speculate" and self.decoder.draft_model is not None:
             self.settings |= BY_LOOKUP  # another model drafts for one text at a time
         prepare(self.decoder, self.settings)
@@ -101,7 +110,8 @@ class ServedModel:
         mode = settings.pop("mode")
         if options.tops is not None and mode == "speculate":
             mode = "plain"  # the same tokens; drafts give no log probabilities
-        settings.pop("kv_cache", None)
+        for name in ("kv_cache", "target"):  # the same for all requests
+            settings.pop(name, None)
         skip, draft = grouped(None, None, settings.pop("budget", None), settings)
         seed = secrets.randbits(32) if options.seed is None else options.seed
         sampler = Sampler(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)

@@ -14,6 +14,11 @@ from serving import Running, running
 from tiny_models import save_gated
 
 from compose.bench.generate import answer_text, chat_ids
+from compose.errors import UserError
+from compose.outputs.export import decode_default
+from compose.serve.model import ServedModel
+from compose.serve.settings import ServeSettings
+from compose.stages.registry import STAGES
 
 MESSAGES: Any = [{"role": "user", "content": "What is a licence?"}]
 
@@ -51,6 +56,28 @@ def text_of(server: Running, tokens: list[int]) -> str:
 
 def test_models(client: openai.OpenAI, name: str) -> None:
     assert [model.id for model in client.models.list()] == [name]
+
+
+@pytest.mark.parametrize("use", ["speculate", "skip", "plain"])
+def test_an_export_is_served(use: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """With every setting that an export's decode stage writes."""
+    decode = decode_default(STAGES[use].model_validate({"use": use}).model_dump())
+    folder = save_gated(tiny_llama, tmp_path / "export", (0.8,), decode=decode)
+    with running(folder, max_rows=2) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        done = client.chat.completions.create(model="export", messages=MESSAGES, max_tokens=24)
+        tokens = expected(served, **{**decode, "draft_length": 4} if use == "speculate" else decode)
+        assert done.choices[0].message.content == text_of(served, tokens)
+        assert done.model_extra is not None and done.model_extra["gateskip"]["mode"] == use
+
+
+def test_a_folder_that_decodes_without_its_gates_is_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    decode = {"mode": "speculate", "draft_budget": 0.8, "target": "original"}
+    folder = save_gated(tiny_llama, tmp_path / "export", (0.8,), decode=decode)
+    with pytest.raises(UserError, match="target: original"):
+        ServedModel(ServeSettings(folder=folder, port=0))
 
 
 def test_a_chat_is_answered_as_by_generate(
