@@ -45,6 +45,7 @@ FEWEST = 8  # requests of a round
 SYSTEM = 1000  # tokens of the system prompt of a chat
 TURN = 64  # tokens of an answer of a chat
 TIMEOUT = 600.0  # seconds of one request
+LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)  # servers close idle connections
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ def main() -> None:
 
 
 async def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    async with httpx.AsyncClient(
-        timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)
-    ) as client:
+    async with httpx.AsyncClient(timeout=TIMEOUT, limits=LIMITS) as client:
         servers = [await _server(client, text) for text in options.servers]
         if options.chat:
             return [await _chat(client, server, options.chat) for server in servers]
