@@ -53,8 +53,8 @@ Counts = dict[str, Any]
 class Metrics:
     """The counts of one process; `folder` has those of all replicas, one file each."""
 
-    def __init__(self, replica: int = 0, folder: Path | None = None) -> None:
-        self._replica, self._folder = replica, folder
+    def __init__(self, replica: int | str = 0, folder: Path | None = None) -> None:
+        self._replica, self._folder = str(replica), folder
         self._statuses: Counter[str] = Counter()
         self._first = [0] * (len(BUCKETS) + 1)
         self._first_sum = 0.0
@@ -90,13 +90,14 @@ class Metrics:
 
     def text(self, snapshot: Snapshot) -> tuple[bytes, str]:
         """The counts, and their content type."""
-        counts = {str(self._replica): self.counts(snapshot)}
-        for file in sorted(self._folder.glob("*.json")) if self._folder is not None else ():
-            if file.stem != str(self._replica):
-                counts[file.stem] = json.loads(file.read_text("utf-8"))
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(counts))
+        registry.register(_Collector({**self.others(), self._replica: self.counts(snapshot)}))
         return generate_latest(registry), CONTENT_TYPE_LATEST
+
+    def others(self) -> dict[str, Counts]:
+        """What replicas have shared, by replica."""
+        files = sorted(self._folder.glob("*.json")) if self._folder is not None else ()
+        return {file.stem: json.loads(file.read_text("utf-8")) for file in files}
 
 
 class _Collector:

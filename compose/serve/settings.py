@@ -8,13 +8,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compose.errors import UserError
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY_VARIABLE = "GATESKIP_API_KEY"
+LOWEST = {
+    "max_rows": 1,
+    "max_context": 2,
+    "max_queue": 1,
+    "max_body_kb": 1,
+    "cache_mb": 1,
+    "replicas": 1,
+}
+"""The lowest value of each number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """What is served, where, and within which limits."""
+    """What is served, where, and within which limits. Raises UserError for a number too low."""
 
     folder: Path
     host: str = "127.0.0.1"
@@ -39,6 +50,10 @@ class ServeSettings:
     replicas: int = 1
     """Processes; the limits hold for each of them."""
 
+    def __post_init__(self) -> None:
+        for name, lowest in LOWEST.items():
+            require_lowest(name, getattr(self, name), lowest)
+
     @property
     def loopback(self) -> bool:
         """Whether only programs of this machine reach the server."""
@@ -59,3 +74,9 @@ def from_json(line: str) -> ServeSettings:
     """The settings that `to_json` wrote."""
     values: Mapping[str, Any] = json.loads(line)
     return ServeSettings(**{**values, "folder": Path(values["folder"])})
+
+
+def require_lowest(name: str, value: int | None, lowest: int) -> None:
+    """Raises UserError for a number below its lowest value."""
+    if value is not None and value < lowest:
+        raise UserError(f"{name} is {value}", fix=f"give {lowest} or more")

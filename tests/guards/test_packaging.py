@@ -33,7 +33,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "compose/bench": ("compress", "eval"),
     "compose/processes": ("compress", "ray"),
     "compose/analysis": ("compress", "eval"),
-    "compose/serve": ("compress", "serve"),
+    "compose/serve": ("compress", "serve", "ray"),
     "reports": ("compress", "report"),
 }
 """Extras, beside the core, whose libraries a folder and those in it may import: the longest path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -55,3 +57,15 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+def without_end(folder: Path) -> Path:
+    """A copy of a model that has no end token: its answers are as long as they may be."""
+    target = folder.with_name(f"{folder.name}-endless")
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        values = json.loads((target / file).read_text())
+        for name in ("eos_token_id", "eos_token"):
+            values.pop(name, None)
+        (target / file).write_text(json.dumps(values))
+    return target

@@ -1,31 +1,41 @@
-"""Runs on a Ray cluster: what is asked of it, and what comes out where workers and nodes go.
+"""Runs and replicas on a Ray cluster: what is asked of it, and what comes out where workers and
+nodes go.
 
 The last tests start a head and two further nodes on this machine, as processes of their own, and
-compare the run with a local one. They are skipped where the package ray is missing.
+compare the run with a local one, and the answers with those of `generate`. They are skipped where
+the package ray is missing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import chaos
+import httpx
+import openai
 import psutil
 import pytest
 from jobs import write_idle_job
+from prometheus_client.parser import text_string_to_metric_families
+from serving import without_end
 
 from compose.contract import Allowed, Needs
 from compose.errors import StepError, UserError, WorkerLost
 from compose.processes.endings import Ending, ending_of, lost
 from compose.processes.executors import make_executor
 from compose.processes.ray_nodes import SPEED
+from compose.serve.port import bound_socket
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_S = 900.0
@@ -345,3 +355,234 @@ def test_a_run_whose_cluster_went_goes_on_elsewhere(cluster: Any, tmp_path: Path
     assert chaos.differences(whole.wanted, chaos.comparable(out)) == []
     now = chaos.stored(out)
     assert {key: now[key] for key in steps} == steps, "finished steps are not made again"
+
+
+# --- Replicas on this cluster ---------------------------------------------------------------------
+
+
+def test_settings_of_replicas_are_read_from_text(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray.serve")
+    from compose.serve.ray import ClusterSettings, cluster_settings
+
+    monkeypatch.setenv("GATESKIP_API_KEY", "secret")
+    given = {"folder": str(tiny_llama), "replicas": "2", "threads": "3", "speculate": "false"}
+    assert cluster_settings(given) == ClusterSettings(
+        folder=tiny_llama.resolve(), replicas=2, threads=3, speculate=False, api_key="secret"
+    )
+    monkeypatch.chdir(tiny_llama.parent)
+    relative = cluster_settings({"folder": tiny_llama.name, "budget": 0.8, "api_key": "other"})
+    assert relative.folder == tiny_llama.resolve()
+    assert (relative.budget, relative.api_key) == (0.8, "other")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"port": "80"}, r"port is a setting of Ray Serve\n.*--http-port"),
+        ({"max_row": "4"}, r"unknown argument 'max_row'; did you mean 'max_rows'"),
+        ({"max_rows": "many"}, r"^max_rows: .*integer"),
+        ({"replicas": "0"}, r"replicas is 0\n.*1 or more"),
+        ({"threads": "0"}, r"threads is 0\n.*1 or more"),
+        ({"folder": "none"}, r"no folder none\n.*all machines"),
+        ({"folder": "a.gguf"}, r"GGUF file"),
+        ({"folder": None}, r"folder: "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_setting_of_replicas_is_named(
+    wrong: dict[str, Any], message: str, tiny_llama: Path
+) -> None:
+    pytest.importorskip("ray.serve")
+    from compose.serve.ray import deployment
+
+    with pytest.raises(UserError, match=message):
+        deployment({"folder": str(tiny_llama), **wrong})
+    with pytest.raises(UserError, match=r"no model is named\n.*folder=DIR"):
+        deployment({})
+
+
+def test_counts_of_a_replica_that_ended_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.serve")
+    from compose.serve.ray import OLD_S, ReplicaCounts
+
+    counts, now = ReplicaCounts(), time.monotonic()
+    asyncio.run(counts.exchange("a", {"rows": 1}))
+    both = asyncio.run(counts.exchange("b", {"rows": 2}))
+    assert both == {"a": {"rows": 1}, "b": {"rows": 2}}
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * OLD_S)
+    assert asyncio.run(counts.exchange("b", {"rows": 3})) == {"b": {"rows": 3}}
+
+
+KEY = "secret"
+ROWS, QUEUE = 3, 1
+MESSAGES: Any = [{"role": "user", "content": "What is a licence?"}]
+
+
+class OnRay:
+    """Two replicas, each on a node of its own, and a client that does not try again."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=300)
+        self._ask: Any = self.client.chat.completions.create
+
+    def chat(self, **more: Any) -> Any:
+        return self._ask(model=self.folder.name, messages=MESSAGES, **more)
+
+    def counts(self, metric: str) -> dict[str, float]:
+        """A metric of each replica."""
+        headers = {"authorization": f"Bearer {KEY}"}
+        text = httpx.get(f"{self.url}/metrics", headers=headers, timeout=60).text
+        return {
+            sample.labels["replica"]: sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == metric
+        }
+
+    def wait(self, metric: str, is_right: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        """A metric of each replica, once it is right."""
+        end = time.monotonic() + PATIENCE_S
+        counts: Any = None
+        while time.monotonic() < end:
+            with contextlib.suppress(httpx.HTTPError, ValueError):
+                if is_right(counts := self.counts(metric)):
+                    return counts
+            time.sleep(0.2)
+        raise AssertionError(f"{metric}: {counts}")
+
+
+@pytest.fixture
+def on_ray(cluster: Any, make_tiny: Callable[..., Path], tmp_path: Path) -> Iterator[OnRay]:
+    """`serve run compose.serve.ray:deployment` on the cluster."""
+    pytest.importorskip("ray.serve")
+    folder = without_end(make_tiny("llama", max_position_embeddings=16384))
+    with bound_socket("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    serve = str(Path(sys.executable).with_name("serve"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GATESKIP_API_KEY": KEY}
+    environment["RAY_ADDRESS"] = cluster.address
+    start = [serve, "start", "--http-port", str(port), "--proxy-location", "HeadOnly"]
+    subprocess.run(start, check=True, env=environment)
+    arguments = [f"folder={folder}", "replicas=2", f"max_rows={ROWS}", f"max_queue={QUEUE}"]
+    arguments += ["max_context=16000", "max_body_kb=64", "cache_mb=500"]
+    log = tmp_path / "serve.log"
+    with log.open("w") as output:
+        run = subprocess.Popen(
+            [serve, "run", "compose.serve.ray:deployment", *arguments],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    served = OnRay(f"http://127.0.0.1:{port}", folder)
+    try:
+        served.wait("gateskip_running_requests", lambda counts: len(counts) == 2)
+        yield served
+    finally:
+        print(log.read_text())
+        run.send_signal(signal.SIGINT)
+        run.wait(120)
+
+
+def replica_processes() -> list[psutil.Process]:
+    """The processes of the replicas, which Ray names."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "ServeReplica:default:gateskip" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def expected_text(folder: Path, tokens: int, **settings: Any) -> str:
+    """The text of the tokens of `Decoder.generate`."""
+    from compose.bench.generate import answer_text, chat_ids, open_decoder
+
+    decoder, _ = open_decoder(folder)
+    ids = chat_ids(decoder.tokenizer, MESSAGES)
+    return answer_text(decoder.tokenizer, decoder.generate([ids], tokens, **settings).tokens[0])
+
+
+@pytest.mark.slow
+def test_two_replicas_answer_as_generate_and_one_may_be_killed(on_ray: OnRay) -> None:
+    _both_answer_as_generate(on_ray)
+    _mistakes_are_named(on_ray)
+    _a_full_queue_refuses(on_ray)
+    _a_killed_replica_loses_only_its_requests(on_ray)
+
+
+def _both_answer_as_generate(on_ray: OnRay) -> None:
+    from gateskip.decoding.sampling import Sampler
+
+    greedy = expected_text(on_ray.folder, 24)
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: on_ray.chat(max_tokens=24), range(12)))
+    assert {answer.choices[0].message.content for answer in answers} == {greedy}
+    tokens = on_ray.wait("gateskip_generated_tokens_total", lambda n: sum(n.values()) == 12 * 24)
+    assert len(tokens) == 2 and all(tokens.values()), "both replicas answered"
+    drawn = on_ray.chat(max_tokens=24, temperature=1.0, seed=7)
+    sampler = Sampler(temperature=1.0)
+    assert drawn.choices[0].message.content == expected_text(
+        on_ray.folder, 24, sampler=sampler, seed=7
+    )
+    parts = list(on_ray.chat(max_tokens=24, stream=True))
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == greedy
+    assert len(parts) > 2 and parts[-1].choices[0].finish_reason == "length"
+
+
+def _mistakes_are_named(on_ray: OnRay) -> None:
+    with pytest.raises(openai.AuthenticationError) as no_key:
+        on_ray.client.with_options(api_key="wrong").models.list()
+    assert no_key.value.code == "invalid_api_key"
+    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+        on_ray.chat(logit_bias={"5": 1})
+    with pytest.raises(openai.APIStatusError) as large:
+        on_ray.client.completions.create(model=on_ray.folder.name, prompt="x" * 70_000)
+    assert large.value.status_code == 413 and large.value.code == "body_too_large"
+
+
+def _streams(on_ray: OnRay, count: int, tokens: int) -> tuple[list[Any], list[Exception]]:
+    """Streams of long answers, and the refusals of those that two queues have no room for."""
+    streams, refused = [], []
+    for _ in range(count):
+        try:
+            streams.append(on_ray.chat(max_tokens=tokens, temperature=1.0, stream=True))
+        except openai.RateLimitError as error:
+            refused.append(error)
+    return streams, refused
+
+
+def _a_full_queue_refuses(on_ray: OnRay) -> None:
+    most = 2 * (ROWS + QUEUE)
+    streams, refused = _streams(on_ray, most + 4, 15_000)
+    assert len(streams) <= most and len(refused) >= 4
+    assert {error.code for error in refused} == {"queue_full"}  # type: ignore[attr-defined]
+    for stream in streams:
+        stream.close()
+    on_ray.wait("gateskip_running_requests", lambda running: not any(running.values()))
+
+
+def _a_killed_replica_loses_only_its_requests(on_ray: OnRay) -> None:
+    streams, _ = _streams(on_ray, 4, 3900)
+    running = on_ray.wait("gateskip_running_requests", lambda running: sum(running.values()) == 4)
+    first, second = replica_processes()
+    second.kill()
+    ended = []
+    for stream in streams:
+        try:
+            ended.append(list(stream)[-1].choices[0].finish_reason)
+        except (openai.APIError, httpx.HTTPError):
+            ended.append("lost")
+    assert set(ended) == {"length", "lost"}
+    assert ended.count("lost") in running.values()
+    patient = on_ray.client.with_options(max_retries=5)
+    answer = patient.chat.completions.create(
+        model=on_ray.folder.name, messages=MESSAGES, max_tokens=24
+    )
+    assert answer.choices[0].message.content == expected_text(on_ray.folder, 24)
+    on_ray.wait(
+        "gateskip_running_requests", lambda now: len(now) == 2 and set(now) != set(running)
+    )
+    assert first.is_running()

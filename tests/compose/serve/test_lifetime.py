@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +20,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from serving import Running, running
+from serving import Running, running, without_end
 
 import compose.extras
 from compose.errors import UserError
@@ -39,15 +38,7 @@ LONG: Any = {"messages": MESSAGES, "max_tokens": 12_000, "temperature": 1.0}
 @pytest.fixture(scope="module")
 def endless(make_tiny: Callable[..., Path]) -> Path:
     """A model with a long context and without an end token: its answers take seconds."""
-    folder = make_tiny("llama", max_position_embeddings=16384)
-    target = folder.with_name(f"{folder.name}-endless")
-    shutil.copytree(folder, target)
-    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        values = json.loads((target / file).read_text())
-        for name in ("eos_token_id", "eos_token"):
-            values.pop(name, None)
-        (target / file).write_text(json.dumps(values))
-    return target
+    return without_end(make_tiny("llama", max_position_embeddings=16384))
 
 
 @pytest.fixture(scope="module")
