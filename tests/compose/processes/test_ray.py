@@ -455,7 +455,16 @@ class OnRay:
 
 
 @pytest.fixture
-def on_ray(cluster: Any, make_tiny: Callable[..., Path], tmp_path: Path) -> Iterator[OnRay]:
+def patient_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, Ray's proxy takes longer to start than Ray waits by itself."""
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "300")
+    monkeypatch.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "300")
+
+
+@pytest.fixture
+def on_ray(
+    patient_ray: None, cluster: Any, make_tiny: Callable[..., Path], tmp_path: Path
+) -> Iterator[OnRay]:
     """`serve run compose.serve.ray:deployment` on the cluster."""
     pytest.importorskip("ray.serve")
     folder = without_end(make_tiny("llama", max_position_embeddings=16384))
@@ -582,7 +591,5 @@ def _a_killed_replica_loses_only_its_requests(on_ray: OnRay) -> None:
         model=on_ray.folder.name, messages=MESSAGES, max_tokens=24
     )
     assert answer.choices[0].message.content == expected_text(on_ray.folder, 24)
-    on_ray.wait(
-        "gateskip_running_requests", lambda now: len(now) == 2 and set(now) != set(running)
-    )
+    on_ray.wait("gateskip_running_requests", lambda now: len(now) == 2 and set(now) != set(running))
     assert first.is_running()

@@ -74,9 +74,7 @@ def test_clients_at_the_same_time(server: Running) -> None:
 def test_seeds_and_several_answers(server: Running) -> None:
     chat = chat_of(server, temperature=1.0, seed=7, n=3)
     choices = chat.generate([MESSAGES]).generations[0]
-    wanted = [
-        expected(server, sampler=Sampler(temperature=1.0), seed=seed) for seed in (7, 8, 9)
-    ]
+    wanted = [expected(server, sampler=Sampler(temperature=1.0), seed=seed) for seed in (7, 8, 9)]
     assert [choice.text for choice in choices] == wanted and len(set(wanted)) == 3
 
 
