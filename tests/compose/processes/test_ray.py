@@ -431,6 +431,13 @@ class OnRay:
     def chat(self, **more: Any) -> Any:
         return self._ask(model=self.folder.name, messages=MESSAGES, **more)
 
+    def patient_chat(self, tokens: int) -> Any:
+        """An answer by a client that asks again where a queue is full."""
+        patient = self.client.with_options(max_retries=8)
+        return patient.chat.completions.create(
+            model=self.folder.name, messages=MESSAGES, max_tokens=tokens
+        )
+
     def counts(self, metric: str) -> dict[str, float]:
         """A metric of each replica."""
         headers = {"authorization": f"Bearer {KEY}"}
@@ -527,7 +534,7 @@ def _both_answer_as_generate(on_ray: OnRay) -> None:
 
     greedy = expected_text(on_ray.folder, 24)
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda _: on_ray.chat(max_tokens=24), range(12)))
+        answers = list(pool.map(lambda _: on_ray.patient_chat(24), range(12)))
     assert {answer.choices[0].message.content for answer in answers} == {greedy}
     tokens = on_ray.wait("gateskip_generated_tokens_total", lambda n: sum(n.values()) == 12 * 24)
     assert len(tokens) == 2 and all(tokens.values()), "both replicas answered"
@@ -586,10 +593,7 @@ def _a_killed_replica_loses_only_its_requests(on_ray: OnRay) -> None:
             ended.append("lost")
     assert set(ended) == {"length", "lost"}
     assert ended.count("lost") in running.values()
-    patient = on_ray.client.with_options(max_retries=5)
-    answer = patient.chat.completions.create(
-        model=on_ray.folder.name, messages=MESSAGES, max_tokens=24
-    )
+    answer = on_ray.patient_chat(24)
     assert answer.choices[0].message.content == expected_text(on_ray.folder, 24)
     on_ray.wait("gateskip_running_requests", lambda now: len(now) == 2 and set(now) != set(running))
     assert first.is_running()
