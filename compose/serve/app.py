@@ -79,11 +79,10 @@ class Service:
         return Response(text, media_type=kind)
 
     async def models(self, request: Request) -> Response:
-        """The names of the model."""
-        listed = [
-            {"id": name, "object": "model", "created": self._began, "owned_by": "gateskip"}
-            for name in self.model.names
-        ]
+        """The names of the model, and how it can skip."""
+        same = {"object": "model", "created": self._began, "owned_by": "gateskip"}
+        same |= {"gateskip": self.model.skipping}
+        listed = [{"id": name, **same} for name in self.model.names]
         return JSONResponse({"object": "list", "data": listed})
 
     async def tokenize(self, request: Request) -> Response:
@@ -140,6 +139,7 @@ class Service:
                 AnswerText(self.model.tokenizer, options.stop, strip=strip),
                 self._bytes,
                 self.model.eos,
+                with_shares=options.gateskip.token_shares,
             )
             for index in range(len(requests))
         ]

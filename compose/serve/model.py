@@ -70,6 +70,7 @@ class ServedModel:
             context=min(context, context_of(self.decoder)),
             queue=settings.max_queue,
             cache_bytes=cache_bytes(settings),
+            prefix_dir=settings.prefix_dir,
         )
 
     def require_name(self, name: str | None) -> None:
@@ -82,6 +83,15 @@ class ServedModel:
                 code="model_not_found",
                 param="model",
             )
+
+    @property
+    def skipping(self) -> dict[str, Any]:
+        """The field `gateskip` of the model: how it answers by default, and its calibrated
+        budgets."""
+        budgets = sorted(budget for budget in self.decoder.grid if budget < 1)
+        own = self.settings["mode"]
+        budget = self.settings.get("budget") if own == "skip" else None
+        return {"mode": own, "budget": budget, "budgets": budgets}
 
     def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Token ids of a conversation by the model's chat template."""
@@ -112,6 +122,10 @@ class ServedModel:
             mode = "plain"  # the same tokens; drafts give no log probabilities
         for name in ("kv_cache", "target"):  # the same for all requests
             settings.pop(name, None)
+        shares = options.gateskip.token_shares
+        if shares and mode != "skip":
+            message = f"token_shares: mode {mode} skips nothing in answers, so ask for a budget"
+            raise invalid(message, "gateskip.token_shares")
         skip, draft = grouped(None, None, settings.pop("budget", None), settings)
         seed = secrets.randbits(32) if options.seed is None else options.seed
         sampler = Sampler(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
@@ -127,6 +141,7 @@ class ServedModel:
                 eos=self.eos,
                 stop=tuple(options.stop),
                 logprobs=options.tops,
+                token_shares=shares,
                 deadline=options.gateskip.deadline_s,
             )
             for choice in range(options.n)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -110,9 +111,11 @@ def serve_one(
 ) -> None:
     """Load the model and serve it until SIGTERM or SIGINT.
 
-    `on_ready` is given one line on the server. Raises as `ServedModel`.
+    `on_ready` is given one line on the server. Raises as `ServedModel` and `require_writable`.
     """
     log_lines("" if counts is None else f" replica {replica}")
+    if settings.prefix_dir is not None:
+        require_writable(settings.prefix_dir)
     LOG.info("loading %s; with drafts this can take minutes", settings.folder.name)
     disable_progress_bar()  # of weights, by transformers
     model = ServedModel(settings)
@@ -130,6 +133,16 @@ def serve_one(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder. Raises UserError where no file can be written to it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fix = "give --prefix-dir a folder that you can write to"
+        raise UserError(f"{folder}: {error.strerror or error}", fix=fix) from error
 
 
 def scheduler_of(model: ServedModel) -> NativeScheduler:

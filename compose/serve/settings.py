@@ -47,6 +47,8 @@ class ServeSettings:
     cache_mb: int | None = None
     """Most megabytes of the KV cache; None for half of the memory that is free at
     the start, shared by the replicas."""
+    prefix_dir: Path | None = None
+    """Folder in which keys and values of prompts are kept; None keeps none on disk."""
     replicas: int = 1
     """Processes; the limits hold for each of them."""
 
@@ -73,7 +75,8 @@ class ServeSettings:
 def from_json(line: str) -> ServeSettings:
     """The settings that `to_json` wrote."""
     values: Mapping[str, Any] = json.loads(line)
-    return ServeSettings(**{**values, "folder": Path(values["folder"])})
+    paths = {name: Path(values[name]) for name in ("folder", "prefix_dir") if values.get(name)}
+    return ServeSettings(**{**values, **paths})
 
 
 def require_lowest(name: str, value: int | None, lowest: int) -> None:

@@ -110,7 +110,7 @@ class Decoder:
         Raises:
             ValueError: the budget was not calibrated, and would keep another share.
         """
-        thresholds = self.skipping.limits(self._budgets, budget)
+        thresholds = self.skipping.limits(self.budgets, budget)
         assert not isinstance(thresholds, BudgetControl), "asked for without per-row control"
         return thresholds
 
@@ -121,7 +121,7 @@ class Decoder:
         Raises:
             ValueError: the budget is below the lowest calibrated budget.
         """
-        return self._budgets.kept_at(budget)
+        return self.budgets.kept_at(budget)
 
     def phases(self, budget: float, **settings: Unpack[PhaseSettings]) -> Phases:
         """Limits that decide which tokens enter, phase by phase; `settings` are fields of
@@ -145,7 +145,7 @@ class Decoder:
 
     def _phases(self, skip: SkipConfig) -> Phases:
         check_phases(skip.prompt, skip.answer, skip.prompt_budget)
-        model, budgets = self.skipping, self._budgets
+        model, budgets = self.skipping, self.budgets
         limits = model.limits(budgets, skip.budget, skip.hold)
         of_prompts = limits
         if skip.prompt_budget is not None:
@@ -161,7 +161,8 @@ class Decoder:
         )
 
     @property
-    def _budgets(self) -> CalibratedBudgets:
+    def budgets(self) -> CalibratedBudgets:
+        """The calibrated budgets, which give thresholds for any budget."""
         return CalibratedBudgets(self.grid, self._kept, self._between, prompts=self._prompts)
 
     def draft_by(self, other: Decoder) -> None:
@@ -434,7 +435,7 @@ class Decoder:
         scaled = gates is not None and gates.scales and skipping.gated  # every gate is asked
         used = [self.thresholds(budget)]
         if prompt_budget is not None:
-            used.append(self._budgets.for_prompts().at(prompt_budget))
+            used.append(self.budgets.for_prompts().at(prompt_budget))
         thresholds = [row for row in used if row is not None]
         gated = [
             scaled or any(row[branch] != NEVER_SKIP for row in thresholds)

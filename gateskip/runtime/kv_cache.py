@@ -318,12 +318,20 @@ class KVCache:
 
     def copy_row(self, source: int, target: int, count: int) -> None:
         """Copy a row's first `count` positions, of which no layer has overwritten any."""
-        for store in (self.keys, self.values, *self.scales):
-            for part in store or ():
-                part[target, :, :count] = part[source, :, :count]
-        if self.drift is not None:
-            self.drift[target, :count] = self.drift[source, :count]
+        for old, new in zip(self.span(source, 0, count), self.span(target, 0, count), strict=True):
+            new.copy_(old)
         self.reached[target] = count
+
+    def span(self, row: int, first: int, count: int) -> Iterator[Tensor]:
+        """What a row has of `count` positions from `first` on, of which no layer has overwritten
+        any: views of keys [kv_heads, count, D] layer by layer, of values, of both scales [kv_heads,
+        count], and of the drift [count]."""
+        part = slice(first, first + count)
+        for store in (self.keys, self.values, *self.scales):
+            for of_layer in store or ():
+                yield of_layer[row, :, part]
+        if self.drift is not None:
+            yield self.drift[row, part]
 
     def remembers(self, row: int, count: int) -> bool:
         """Whether all layers still have a row's first `count` positions."""

@@ -27,7 +27,7 @@ from gateskip.serving.requests import (
     Receipt,
     Request,
 )
-from gateskip.serving.slots import Slot
+from gateskip.serving.slot import Slot
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class Answer:
         read: prompt tokens whose keys and values are in the cache.
         reused: those of them that came from an earlier request.
         logits: of the token that is committed next [V], where log probabilities are asked for.
+        compute: the share of compute of the pass that chose it, where that is known.
     """
 
     def __init__(self, number: int, request: Request, decoder: Decoder, on_event: OnEvent) -> None:
@@ -94,6 +95,7 @@ class Answer:
         self.slot: Slot | None = None
         self.read = self.reused = 0
         self.logits: Tensor | None = None
+        self.compute: float | None = None
         self.drafted = self.accepted = self.looked_up = 0
         self.computed = self.whole = 0.0  # multiply-adds of branches: done, and without skipping
         self._on_event = on_event
@@ -119,12 +121,17 @@ class Answer:
     @property
     def drafts(self) -> bool:
         """Whether it may be drafted for."""
-        return self.request.mode == "speculate" and self.request.logprobs is None
+        return self.request.mode == "speculate" and not self.token_by_token
 
     @property
     def native(self) -> bool:
         """Whether native calls can choose its tokens."""
-        return self.request.sampler.native and self.request.logprobs is None
+        return self.request.sampler.native and not self.token_by_token
+
+    @property
+    def token_by_token(self) -> bool:
+        """Whether each token is committed by itself, with facts about it."""
+        return self.request.logprobs is not None or self.request.token_shares
 
     @property
     def skips(self) -> bool:
@@ -150,12 +157,13 @@ class Answer:
         self._on_event(self._event(token))
 
     def _event(self, token: int) -> NewToken:
+        compute = self.compute if self.request.token_shares else None
         if self.logits is None:
-            return NewToken(token)
+            return NewToken(token, compute=compute)
         logprobs = torch.log_softmax(self.logits.float(), -1)
         top = logprobs.topk(self.request.logprobs or 0)
         likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return NewToken(token, float(logprobs[token]), tuple(likeliest))
+        return NewToken(token, float(logprobs[token]), tuple(likeliest), compute)
 
     def finish(self, reason: FinishReason) -> None:
         """Send the last event."""

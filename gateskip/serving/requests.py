@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from gateskip.decoding.config import DraftConfig, SkipConfig
@@ -35,6 +36,9 @@ class ServeLimits:
     """Most memory of the KV cache, in bytes; fewer rows then decode at the same time."""
     prefixes: int = 8
     """Most finished rows whose keys and values are kept for requests that begin alike."""
+    prefix_dir: Path | None = None
+    """Folder in which keys and values of prompts are kept for later processes and other ones; None
+    keeps none."""
 
     def __post_init__(self) -> None:
         if min(self.rows, self.context, self.queue) < 1 or self.prefixes < 0:
@@ -57,6 +61,9 @@ class Request:
     logprobs: int | None = None
     """If given, each token comes with its log probability and those of that many likeliest tokens.
     A request with log probabilities is decoded plainly: drafts do not give them."""
+    token_shares: bool = False
+    """Whether each token comes with the share of compute that chose it. Such a request is decoded
+    token by token, without drafts."""
     deadline: float | None = None
     """Seconds from `submit` after which the request ends with the tokens that it has."""
 
@@ -69,6 +76,9 @@ class NewToken:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens and their log probabilities, the likeliest first."""
+    compute: float | None = None
+    """If asked for, the share of the branches' multiply-adds that was computed in the pass that
+    chose the token. None for a first token that was chosen in the pass of its whole prompt."""
 
 
 @dataclass(frozen=True)

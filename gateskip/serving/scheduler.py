@@ -74,7 +74,7 @@ class Scheduler:
         """Allocates the KV cache.
 
         Raises ValueError where it does not fit, and for backends other than `native`: only there
-        a row has the same bits alone and beside others.
+        a row has the same bits alone and beside others. OSError where `prefix_dir` cannot be made.
         """
         if decoder.skipping.engine is None:
             raise ValueError(f"backend {decoder.backend!r}: many requests need the backend native")
@@ -82,6 +82,8 @@ class Scheduler:
         positions = min(one.model.config.max_position_embeddings for one in models)
         limits = replace(limits, context=min(limits.context, positions - MAX_DRAFT))
         self._slots = Slots(decoder.skipping, limits, decoder.draft_model)
+        if limits.prefix_dir is not None:
+            self._slots.use_disk(decoder, limits.prefix_dir)
         self.limits = replace(limits, rows=self._slots.cache.batch)
         self._decoder, self._steps = decoder, Steps(decoder, self._slots)
         self._changed = threading.Condition()
@@ -144,6 +146,7 @@ class Scheduler:
                 return
             self._changed.wait_for(lambda: self._thread is None)
         self._end_all()
+        self._slots.close()
 
     def snapshot(self) -> Snapshot:
         """Counts and state."""

@@ -3,37 +3,27 @@
 A finished row's keys and values stay until another request needs the row. A prompt that begins
 alike reuses them, if they have the bits that reading it would give: they were read as a prompt, in
 the same pieces where the bits depend on pieces, and skipped alike. Keys and values of answers are
-read anew, since decoding computes them in another arithmetic than prefill.
+read anew, since decoding computes them in another arithmetic than prefill. If asked, prompts are
+also kept on disk, and what no row has comes from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from gateskip.decoding.config import MAX_DRAFT
+from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_cache import DraftCache
-from gateskip.decoding.prefill import PIECE
+from gateskip.decoding.prefill import PIECE, cache_capacity
 from gateskip.runtime.kv_cache import EVEN, KVCache
 from gateskip.runtime.skipping import SkippingModel
+from gateskip.serving.prefix_files import PrefixFiles
 from gateskip.serving.requests import ServeLimits
-
-
-@dataclass
-class Slot:
-    """A row of the cache."""
-
-    number: int
-    prompt: tuple[int, ...] = ()
-    read: int = 0
-    """Tokens of the prompt whose keys and values the row has, as prefill computes them."""
-    settings: Hashable = None
-    """How they skipped; None for full compute."""
-    busy: bool = False
-    released: int = 0
-    """How many rows had been released before it."""
+from gateskip.serving.slot import Slot
+from gateskip.serving.stored_prefixes import StoredPrefixes
 
 
 class Slots:
@@ -59,6 +49,17 @@ class Slots:
             cache.drift = torch.zeros(sizes, dtype=torch.long, device=model.device)
         self._slots = [Slot(number) for number in range(rows)]
         self._released = 0
+        self._disk: StoredPrefixes | None = None
+
+    def use_disk(self, decoder: Decoder, folder: Path) -> None:
+        """Keep prompts in a folder, too. Raises OSError where that cannot be made."""
+        tokens = EVEN if self._any_pieces else PIECE
+        self._disk = StoredPrefixes(decoder, self.cache, PrefixFiles(folder), tokens)
+
+    def close(self) -> None:
+        """End the work in the background."""
+        if self._disk is not None:
+            self._disk.close()
 
     @property
     def free(self) -> bool:
@@ -81,6 +82,7 @@ class Slots:
         else:
             others = [slot for slot in free if slot is not source] or free
             slot = min(others, key=lambda slot: (slot.read > 0, slot.released))
+        slot.taken += 1
         if shared and slot is not source:
             self.cache.copy_row(source.number, slot.number, shared)
         self.cache.reached[slot.number] = shared
@@ -89,12 +91,24 @@ class Slots:
         if self.cache.drift is not None:
             self.cache.drift[slot.number, shared:] = 0
         slot.prompt, slot.settings, slot.read, slot.busy = prompt, settings, shared, True
+        if self._disk is not None:
+            slot.blocks, slot.looks = self._disk.names(prompt, settings), True
         return slot
+
+    def load(self, slot: Slot, most: int, end: int) -> int:
+        """About `most` further tokens of a prompt, up to `end` at most, from disk; how many."""
+        return 0 if self._disk is None else self._disk.load(slot, most, end)
+
+    def keep(self, slot: Slot, new_tokens: int) -> None:
+        """Keep the prompt that a row has read, and that an answer of up to `new_tokens` follows, on
+        disk. Returns at once."""
+        if self._disk is not None:
+            self._disk.keep(slot, cache_capacity(len(slot.prompt), new_tokens))
 
     def release(self, slot: Slot, forget: bool = False) -> None:
         """Free a row; its prompt stays, unless something went wrong while it was read."""
         self._released += 1
-        slot.busy, slot.released = False, self._released
+        slot.busy, slot.released, slot.taken = False, self._released, slot.taken + forget
         kept = sorted((s for s in self._slots if not s.busy), key=lambda s: -s.released)
         for old in [slot] * forget + [s for s in kept if s.read][self._prefixes :]:
             old.prompt, old.read = (), 0

@@ -19,9 +19,10 @@ from gateskip.decoding.draft_length import MAX_ROUNDS
 from gateskip.decoding.prefill import commit_next
 from gateskip.decoding.sampling import GREEDY, accept_or_resample
 from gateskip.decoding.speculation import Draft, Drafting, rounds_of_row
-from gateskip.model.compute import branch_costs
+from gateskip.model.compute import branch_costs, kept_share
 from gateskip.runtime.backend import Round, SampleRequest, Verified
 from gateskip.runtime.budget_control import BudgetControl, RowThresholds
+from gateskip.runtime.skipping import is_full
 from gateskip.serving.answers import Answer
 from gateskip.serving.drafts import Drafts, ready, steps_before
 from gateskip.serving.slots import Slots
@@ -42,11 +43,14 @@ class Steps:
     # -- prompts ---------------------------------------------------------------------------------
 
     def read(self, answer: Answer, most: int) -> int:
-        """Read about `most` tokens more of a prompt; returns how many. After the last one the
-        answer's first token is committed."""
+        """Read about `most` tokens more of a prompt, from disk where they are there; returns how
+        many. After the last one the answer's first token is committed."""
         row, phases, first, slot = answer.row, answer.phases, answer.read, answer.slot
         assert slot is not None, "it has a row"
         whole = phases.read(len(row.prompt))
+        if loaded := self._slots.load(slot, most, min(whole, len(row.prompt) - 1)):
+            answer.read, answer.reused = first + loaded, answer.reused + loaded
+            return loaded
         count = min(self._slots.piece(first, most), whole - first)
         state = torch.empty(0)
         if count:
@@ -61,6 +65,7 @@ class Steps:
             # The last token may be computed as the answer is: no other prompt reuses it then
             slot.read = min(answer.read, len(row.prompt) - phases.differ)
         if answer.read == whole:
+            self._slots.keep(slot, answer.request.max_new_tokens)
             self._begin(answer, state)
         return count
 
@@ -71,7 +76,11 @@ class Steps:
             before, last = model.usage.copy(), len(row.prompt) - 1
             passed = ([row.prompt[-1:]], self._cache, [row.number], [last])
             (state,) = model.decode(*passed, phases.answer)
-            answer.count_usage(model.model, model.usage.since(before))
+            usage = model.usage.since(before)
+            answer.count_usage(model.model, usage)
+            answer.compute = kept_share(model.model, usage)
+        else:  # the last token of a prompt that skips like the answer passed with others
+            answer.compute = 1.0 if phases.differ or is_full(phases.prompt) else None
         row.state = state.clone()
         self._commit(answer, model.head(row.state.unsqueeze(0)))
 
@@ -164,6 +173,7 @@ class Steps:
         for i, of_row in enumerate(states.split(counts)):
             answer, row = answers[i], rows[i]
             answer.count_work(*self._work_of_full(answer))
+            answer.compute = 1.0
             if answer.greedy:
                 outcomes.append(_verify(answer, drafts[i], targets[i]))
             else:
@@ -205,8 +215,8 @@ class Steps:
             if isinstance(control, BudgetControl):
                 control.record(cache, [numbers[i]], [slots[i]], one)
             whole = sum(self._macs(slots[i]))
-            share = int(one.entered) / int(one.weights.sum())
-            answer.count_work(share * whole, whole)
+            answer.compute = int(one.entered) / int(one.weights.sum())
+            answer.count_work(answer.compute * whole, whole)
             self._commit(answer, logits[i : i + 1])
             rows[i].state = states[i]
 

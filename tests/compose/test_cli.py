@@ -703,7 +703,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "serve": [
             *("--api-key", "--budget", "--cache-mb", "--host", "--keep-blocks"),
             *("--max-body-kb", "--max-context", "--max-queue", "--max-rows", "--name"),
-            *("--port", "--replicas", "--speculate", "folder"),
+            *("--port", "--prefix-dir", "--replicas", "--speculate", "folder"),
         ],
         "tune-draft": [
             "--limit",

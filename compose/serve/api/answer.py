@@ -1,4 +1,4 @@
-"""One answer while it is decoded: its text, its log probabilities, and how it ended."""
+"""One answer while it is decoded: its text, facts about its tokens, and how it ended."""
 
 from __future__ import annotations
 
@@ -24,11 +24,22 @@ class TokenLogprob:
     top: tuple[tuple[str, bytes, float], ...]
 
 
+@dataclass(frozen=True)
+class TokenShare:
+    """Text of one token, and the share of compute that chose the token."""
+
+    text: str
+    compute: float | None
+    """None where it is not known: see `gateskip.serving.requests.NewToken`."""
+
+
 @dataclass
 class Piece:
     """What is new in an answer."""
 
     text: str = ""
+    shares: list[TokenShare] = field(default_factory=list)
+    """Of the tokens of the text, in parts that make it up."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finished: Finished | None = None
 
@@ -64,12 +75,21 @@ class Answer:
     """The `index`-th answer of a request; `add` takes its events in their order."""
 
     def __init__(
-        self, index: int, text: AnswerText, token_bytes: TokenBytes, eos: Sequence[int]
+        self,
+        index: int,
+        text: AnswerText,
+        token_bytes: TokenBytes,
+        eos: Sequence[int],
+        *,
+        with_shares: bool = False,
     ) -> None:
         self.index = index
         self.finished: Finished | None = None
         self._text, self._bytes, self._eos = text, token_bytes, frozenset(eos)
         self._waiting: deque[TokenLogprob] = deque()
+        self._begun: deque[tuple[int, float | None]] = deque()
+        """Where tokens begin in the text, and the compute of each, if that is asked for."""
+        self._with_shares = with_shares
         self._piece = Piece()
 
     def add(self, event: Event) -> None:
@@ -81,6 +101,8 @@ class Answer:
                 and event.token not in self._eos
             ):
                 self._waiting.append(self._logprob(event))
+            if self._with_shares:
+                self._begun.append((len(self._text.raw), event.compute))
             self._piece.text += self._text.add(event.token)
         else:
             self._piece.text += self._text.finish()
@@ -89,9 +111,22 @@ class Answer:
     def take(self) -> Piece:
         """What is new since the last call."""
         piece, self._piece = self._piece, Piece()
+        if self._with_shares:
+            piece.shares = self._shares(self._text.given - len(piece.text), self._text.given)
         while self._waiting and self._is_shown(self._waiting[0]):
             piece.logprobs.append(self._waiting.popleft())
         return piece
+
+    def _shares(self, start: int, end: int) -> list[TokenShare]:
+        """The text from `start` to `end`, cut where tokens begin."""
+        shares, tokens = list[TokenShare](), self._begun
+        while start < end:
+            while len(tokens) > 1 and tokens[1][0] <= start:
+                tokens.popleft()
+            stop = min(end, tokens[1][0]) if len(tokens) > 1 else end
+            shares.append(TokenShare(self._text.raw[start:stop], tokens[0][1]))
+            start = stop
+        return shares
 
     def _is_shown(self, token: TokenLogprob) -> bool:
         """Whether the text has the token: tokens of a stop string are no part of an answer."""

@@ -55,6 +55,8 @@ class GateskipOptions(Body):
     budget: float | None = Field(default=None, gt=0, le=1)
     """Share of the branches' multiply-adds that is computed; needs mode `skip`."""
     mode: Literal["plain", "skip", "speculate"] | None = None
+    token_shares: bool = False
+    """Whether the answer says which share of compute chose each token."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Seconds after which the answer ends with the tokens that it has."""
 

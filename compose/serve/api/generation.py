@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from compose.serve.api.answer import Answer, Inbox, Piece, TokenLogprob
+from compose.serve.api.answer import Answer, Inbox, Piece, TokenLogprob, TokenShare
 from compose.serve.api.errors import ApiError, invalid
-from compose.serve.api.shapes import JSON, Envelope, Shape, ended, receipt_of, usage
+from compose.serve.api.shapes import JSON, Envelope, Shape, ended, receipt_of, token_shares, usage
 from gateskip.serving.requests import (
     Draining,
     Event,
@@ -86,14 +86,17 @@ class Generation:
         """The whole answer."""
         texts = [""] * len(self._answers)
         tokens: list[list[TokenLogprob]] = [[] for _ in self._answers]
+        shares: list[list[TokenShare]] = [[] for _ in self._answers]
         async for answer, piece in self._pieces():
             texts[answer.index] += piece.text
             tokens[answer.index] += piece.logprobs
+            shares[answer.index] += piece.shares
         choices = [
             {
                 "index": answer.index,
                 **self._shape.choice(texts[answer.index], self._of(tokens[answer.index])),
                 **ended(Piece(finished=answer.finished)),
+                **self._shares(shares[answer.index]),
             }
             for answer in self._answers
         ]
@@ -109,7 +112,7 @@ class Generation:
                 continue
             begun.add(answer.index)
             delta = self._shape.delta(piece.text, self._of(piece.logprobs), first=first)
-            choice = {"index": answer.index, **delta, **ended(piece)}
+            choice = {"index": answer.index, **delta, **ended(piece), **self._shares(piece.shares)}
             last = {"gateskip": self._receipt()} if self._all_ended() else {}
             yield self._envelope.chunk([choice], **more, **last)
         if with_usage:
@@ -137,6 +140,9 @@ class Generation:
 
     def _of(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob] | None:
         return None if self._requests[0].logprobs is None else logprobs
+
+    def _shares(self, shares: list[TokenShare]) -> JSON:
+        return token_shares(shares) if self._requests[0].token_shares else {}
 
     def _all_ended(self) -> bool:
         return all(answer.finished is not None for answer in self._answers)

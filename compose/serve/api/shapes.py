@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from compose.serve.api.answer import Piece, TokenLogprob
+from compose.serve.api.answer import Piece, TokenLogprob, TokenShare
 from gateskip.serving.requests import FinishReason, Receipt, Request
 
 ENDINGS: Mapping[FinishReason, str] = {"stop": "stop", "length": "length", "deadline": "length"}
@@ -92,6 +92,15 @@ def ended(piece: Piece) -> JSON:
     """{"finish_reason"}: None while the answer goes on."""
     reason = None if piece.finished is None else ENDINGS.get(piece.finished.reason)
     return {"finish_reason": reason}
+
+
+def token_shares(shares: Sequence[TokenShare]) -> JSON:
+    """The field `gateskip` of a choice: the share of compute of each token, with its text."""
+    parts = [
+        {"text": part.text, "compute": None if part.compute is None else round(part.compute, 4)}
+        for part in shares
+    ]
+    return {"gateskip": {"token_shares": parts}}
 
 
 def usage(receipts: Sequence[Receipt], answers: int) -> JSON:

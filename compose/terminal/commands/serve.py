@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -70,6 +71,15 @@ def serve(
             help="Maximum size of the KV cache, in megabytes; half of the free memory by default.",
         ),
     ] = None,
+    prefix_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep keys and values of prompts in this folder, so that a restarted server or"
+            " another replica reads no prompt again that begins alike. Uses at most a tenth of the"
+            " free disk.",
+        ),
+    ] = None,
     replicas: Annotated[
         int,
         typer.Option(
@@ -99,6 +109,7 @@ def serve(
         max_queue=max_queue,
         max_body_kb=max_body_kb,
         cache_mb=cache_mb,
+        prefix_dir=prefix_dir,
         replicas=replicas,
     )
     if not settings.loopback and settings.api_key is None:

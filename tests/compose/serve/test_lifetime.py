@@ -27,7 +27,7 @@ from compose.errors import UserError
 from compose.serve.model import cache_bytes
 from compose.serve.port import bound_socket
 from compose.serve.replicas import shares_of_cores
-from compose.serve.settings import ServeSettings
+from compose.serve.settings import ServeSettings, from_json
 from compose.terminal.commands.serve import serve
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -136,6 +136,16 @@ def test_the_cache_is_bounded(endless: Path) -> None:
         assert server.scheduler.snapshot().cache_bytes <= 10_000_000
     with pytest.raises(UserError, match=r"cannot be served.*\n.*--max-context"):
         serve(endless, port=0, max_context=16000, cache_mb=1)
+
+
+def test_a_prefix_dir_that_cannot_be_written(endless: Path, tmp_path: Path) -> None:
+    """It is refused before the model is loaded; replicas get it by their settings."""
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"file.*--prefix-dir"):
+            serve(endless, port=0, prefix_dir=wrong)
+    given = ServeSettings(folder=endless, prefix_dir=tmp_path)
+    assert from_json(given.to_json()) == given
 
 
 # --- keys and hosts -------------------------------------------------------------------------------

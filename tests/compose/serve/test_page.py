@@ -1,17 +1,21 @@
-"""The page of `gateskip serve` in headless Chromium: a chat, its counts, stopping, a key."""
+"""The page of `gateskip serve` in headless Chromium: a chat, its counts, a key, token colours."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from serving import running
+from tiny_models import save_gated
 
+ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 MISSING = [
@@ -94,3 +98,78 @@ def test_stopping_an_answer_and_a_key(chromium: Any, make_tiny: Callable[..., Pa
         page.wait_for_selector("article.assistant:last-child small")
         server.wait(rows=0, queued=0)
         page.close()
+
+
+@pytest.fixture(scope="module")
+def gated(make_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gated(make_tiny("llama"), tmp_path_factory.mktemp("gated") / "shipped", (0.5, 0.8))
+
+
+COLOURS = """() => [...document.querySelectorAll("article.assistant .tokens span")].map(
+  (token) => [token.textContent, token.title, getComputedStyle(token).backgroundColor])"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_tokens_are_coloured_by_their_compute(chromium: Any, gated: Path, theme: str) -> None:
+    """As the server says, at the budget of the slider; and nothing is coloured without one."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    with running(gated) as server:
+        page, said, _ = _opened(chromium, server.url, theme)
+        page.wait_for_selector("#skipping:not([hidden])")
+        assert page.inner_text("#share") == "all"
+        page.focus("#budget")
+        page.keyboard.press("Home")
+        assert page.inner_text("#share") == "50 %"
+        assert page.get_attribute("#budget", "aria-valuetext") == "50 %"
+        page.fill("#text", "Hello there")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("article.assistant small:has-text('compute of a token')")
+        said_it = {"role": "user", "content": "Hello there"}
+        asked = {"messages": [said_it], "gateskip": {"budget": 0.5, "token_shares": True}}
+        done = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()
+        shares = done["choices"][0]["gateskip"]["token_shares"]
+        seen = page.evaluate(COLOURS)
+        assert [text for text, _, _ in seen] == [share["text"] for share in shares]
+        computed = [share["compute"] for share in shares]
+        known = [share for share in computed if share is not None]
+        low, high = min(known), max(known)
+        for share, (_, title, colour) in zip(computed, seen, strict=True):
+            unknown = share is None  # of a token that was chosen with the prompt
+            assert title == (
+                "chosen with the prompt" if unknown else f"{100 * (1 - share):.0f} % skipped"
+            )
+            wanted = 0 if unknown else 0.7 * (share - low) / (high - low)
+            assert _alpha(colour) == pytest.approx(wanted, abs=0.01)
+        assert low < 0.9 * high
+        assert Axe().run(page).violations_count == 0
+        page.wait_for_selector("#send:text-is('Send')")
+        page.click("#clear")
+        page.focus("#budget")
+        page.keyboard.press("End")
+        page.fill("#text", "And now?")
+        page.click("#send")
+        page.wait_for_selector("article.assistant small")
+        assert not page.query_selector_all("article span") and not said
+        page.close()
+
+
+def _alpha(colour: str) -> float:
+    """The opacity of a computed colour."""
+    numbers = re.findall(r"[\d.]+", colour)
+    return float(numbers[3]) if len(numbers) == 4 else 1.0
+
+
+def test_a_model_without_gates_has_no_slider(chromium: Any, make_tiny: Callable[..., Path]) -> None:
+    with running(make_tiny("llama"), name="plain") as server:
+        page, _, _ = _opened(chromium, server.url)
+        page.wait_for_selector("h1:text-is('plain')")
+        assert not page.is_visible("#skipping")
+        page.close()
+
+
+def test_the_colours_are_those_of_insight() -> None:
+    scale = re.compile(r"linear-gradient\(90deg, .*?%\)\)")
+    pages = (ROOT / "compose/templates/serve.html", ROOT / "reports/templates/insight.html.j2")
+    of_serve, of_insight = (scale.findall(page.read_text("utf-8")) for page in pages)
+    assert of_serve == of_insight and len(of_serve) == 1

@@ -280,6 +280,54 @@ def test_a_request_asks_for_a_mode_or_a_budget(gated: Path) -> None:
                 ask(**options)
 
 
+def test_the_share_of_compute_of_each_token(gated: Path) -> None:
+    """Texts of tokens make up the answer, in a stream and whole, also where text was held back."""
+    with running(gated) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        (model,) = client.models.list()
+        assert model.model_extra is not None
+        skipping = {"mode": "speculate", "budget": None, "budgets": [0.6, 0.8]}
+        assert model.model_extra["gateskip"] == skipping
+        tokens = expected(server, mode="skip", budget=0.6)
+        text = text_of(server, tokens)
+        asked: Any = {"model": model.id, "messages": MESSAGES, "max_tokens": 24}
+        asked["extra_body"] = {"gateskip": {"budget": 0.6, "token_shares": True}}
+        for stop in (None, [text[-4:-2]], ["never \N{SNOWMAN}", text[-1] + "#"]):
+            whole = client.chat.completions.create(**asked, stop=stop, n=2)
+            for choice in whole.choices:
+                shares = choice.model_extra["gateskip"]["token_shares"]
+                assert "".join(share["text"] for share in shares) == choice.message.content
+            texts, parts, values = "", "", list[Any]()
+            for chunk in client.chat.completions.create(**asked, stop=stop, stream=True):
+                (piece,) = chunk.choices
+                texts += piece.delta.content or ""
+                for share in piece.model_extra["gateskip"]["token_shares"]:
+                    parts += share["text"]
+                    values.append(share["compute"])
+            assert texts == parts == whole.choices[0].message.content
+            known = {value for value in values if value is not None}
+            assert len(known) > 3 and 0 < min(known) < max(known) < 1
+        plain = client.chat.completions.create(model=model.id, messages=MESSAGES, max_tokens=4)
+        assert "gateskip" not in (plain.choices[0].model_extra or {})
+
+
+def test_prefixes_on_disk(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """A server that starts again has the prompts of the one before."""
+    folder = make_tiny("llama", max_position_embeddings=4096)
+    prompt = [5 + place % 300 for place in range(1500)]
+    answers = []
+    for _ in range(2):
+        with running(folder, prefix_dir=tmp_path / "prefixes", max_rows=2) as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+            done = client.completions.create(model=folder.name, prompt=prompt, max_tokens=8)
+            assert done.usage is not None and done.usage.prompt_tokens_details is not None
+            answers.append((done.choices[0].text, done.usage.prompt_tokens_details.cached_tokens))
+            tokens = server.model.decoder.generate([prompt], 8, eos=server.model.eos).tokens[0]
+            tokenizer = server.model.decoder.tokenizer
+            assert answers[-1][0] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert answers == [(answers[0][0], 0), (answers[0][0], 1024)]
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 CHAT = {"messages": MESSAGES}
@@ -311,6 +359,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "stream options": ({**CHAT, "stream_options": {"include_usage": True}}, None),
     "a budget": ({**CHAT, "gateskip": {"budget": 0.8}}, "gateskip"),
     "drafts": ({**CHAT, "gateskip": {"mode": "speculate"}}, "gateskip.mode"),
+    "shares": ({**CHAT, "gateskip": {"token_shares": True}}, "gateskip.token_shares"),
     "too long": ({"messages": [{"role": "user", "content": "word " * 600}]}, None),
     "a long answer": ({**CHAT, "max_tokens": 100_000}, None),
 }
