@@ -234,7 +234,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def chat_ids(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None = None,
+    tools: list[Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation {"role", "content"}, up to the place where the model's answer
     begins; the template shows `tools` if it takes any."""

@@ -34,7 +34,9 @@ def save_with_tools(source: Path, target: Path, instead_of: int | None = None) -
     model = load_model(source, "float32")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model.resize_token_embeddings(520, mean_resizing=False)  # more than the tokenizer has, as in real models
+        model.resize_token_embeddings(
+            520, mean_resizing=False
+        )  # more than the tokenizer has, as in real models
         weight = model.get_input_embeddings().weight
         weight[512:] = 0
         if instead_of is not None:
