@@ -32,7 +32,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "ray": ("ray",),
     "tensorboard": ("tensorboard",),
     "autoround": ("auto_round",),
-    "serve": ("prometheus_client", "starlette", "uvicorn"),
+    "serve": ("llguidance", "prometheus_client", "starlette", "uvicorn"),
 }
 """Top-level import names by the extra of pyproject.toml that installs them.
 
@@ -56,13 +56,15 @@ def missing_extra(error: ModuleNotFoundError) -> UserError | None:
     return UserError(str(error), fix=None if fix in str(error) else fix)
 
 
-def require(*extras: str) -> None:
-    """Check, without importing them, that all libraries of these extras can be found.
+def require(*extras: str, but: Iterable[str] = ()) -> None:
+    """Check, without importing them, that all libraries of these extras can be found, but those of
+    which one can do without.
 
     Raises:
         UserError: for the first extra with a library that is not installed.
     """
-    for error in not_installed(name for extra in extras for name in EXTRAS[extra]):
+    names = dict.fromkeys(name for extra in extras for name in EXTRAS[extra])
+    for error in not_installed(name for name in names if name not in but):
         raise error
 
 

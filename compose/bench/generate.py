@@ -231,10 +231,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return list(tokenizer(prompt).input_ids)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+) -> list[int]:
     """Token ids of a conversation {"role", "content"}, up to the place where the model's answer
-    begins."""
-    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    begins; the template shows `tools` if it takes any."""
+    chat = tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, tokenize=False
+    )
     ids: list[int] = tokenizer(chat, add_special_tokens=False).input_ids
     return ids
 

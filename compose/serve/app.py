@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -20,12 +21,16 @@ from starlette.routing import Route
 
 from compose.serve.api.answer import Answer
 from compose.serve.api.body import read_json
+from compose.serve.api.calls import CallReader
 from compose.serve.api.errors import ApiError, invalid
-from compose.serve.api.fields import Body, ChatBody, CompletionBody, Options, TokenizeBody, parsed
+from compose.serve.api.fields import ChatBody, CompletionBody, Options, TokenizeBody, parsed
 from compose.serve.api.generation import Generation, Scheduler, stopping
 from compose.serve.api.shapes import Chat, Completion, Envelope, Shape
+from compose.serve.api.strict import Body
 from compose.serve.api.text import AnswerText
 from compose.serve.api.token_bytes import TokenBytes
+from compose.serve.call_format import CallFormat
+from compose.serve.constraint import Constraint
 from compose.serve.entrance import App, Entrance, Receive, Scope, Send, error_response
 from compose.serve.metrics import Metrics
 from compose.serve.model import ServedModel
@@ -35,6 +40,7 @@ from compose.serve.settings import ServeSettings
 LOG = logging.getLogger("gateskip.serve")
 Result = TypeVar("Result")
 Asked = TypeVar("Asked", bound=Body)
+Bounded = TypeVar("Bounded", bound=Options)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -50,6 +56,7 @@ class Service:
         self._bytes = TokenBytes(model.tokenizer)
         self._began = int(time.time())
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
+        self._grammars = ThreadPoolExecutor(1, "grammars")
 
     def app(self) -> App:
         """The ASGI application."""
@@ -98,14 +105,18 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """Answer the messages of a chat."""
         body = await self._read(request, ChatBody)
-        prompt = await self._encode(self.model.chat_prompt, body.messages)
-        return self._answered(request, body, [prompt], Chat(), strip=True)
+        constraint = await self._constraint(self.model.chat_constraint, body)
+        prompt = await self._encode(self.model.chat_prompt, body.messages, body.callable_tools)
+        answering = partial(self._answer, body, form=self.model.call_format(body), strip=True)
+        return self._answered(body, [prompt], constraint, Chat(), answering)
 
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
         body = await self._read(request, CompletionBody)
+        constraint = await self._constraint(self.model.constraint, body)
         prompts = [await self._encode(self.model.text_prompt, prompt) for prompt in body.prompt]
-        return self._answered(request, body, prompts, Completion(), strip=False)
+        answering = partial(self._answer, body, form=None, strip=False)
+        return self._answered(body, prompts, constraint, Completion(), answering)
 
     # -- their parts ---------------------------------------------------------------------------
 
@@ -114,35 +125,45 @@ class Service:
         self.model.require_name(getattr(body, "model", None))
         return body
 
-    async def _encode(self, encode: Callable[[Any], list[int]], text: Any) -> list[int]:
-        """Token ids, computed in a thread: others are answered meanwhile."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoding, encode, text)
+    async def _encode(self, encode: Callable[..., list[int]], *given: Any) -> list[int]:
+        """Token ids of a text."""
+        return await in_thread(self._encoding, encode, *given)
+
+    async def _constraint(
+        self, make: Callable[[Bounded], Constraint | None], body: Bounded
+    ) -> Constraint | None:
+        """The grammar of an answer, in a thread of its own: a large schema takes seconds, for which
+        free answers do not wait."""
+        if not body.constrained:
+            return None
+        return await in_thread(self._grammars, make, body)
+
+    def _answer(
+        self, options: Options, index: int, *, form: CallFormat | None, strip: bool
+    ) -> Answer:
+        """An answer that has not begun, with calls of that form if it may have any."""
+
+        def text(strip: bool) -> AnswerText:
+            return AnswerText(self.model.tokenizer, options.stop, strip=strip)
+
+        calls = None if form is None else CallReader(form, partial(text, False))
+        shares = options.gateskip.token_shares
+        return Answer(index, text(strip), self._bytes, self.model.eos, calls, with_shares=shares)
 
     def _answered(
         self,
-        request: Request,
         options: Options,
         prompts: Sequence[Sequence[int]],
+        constraint: Constraint | None,
         shape: Shape,
-        *,
-        strip: bool,
+        answer: Callable[[int], Answer],
     ) -> Response:
         """The response that answers prompts: it decodes when it is sent."""
         limit = self.model.limits.queue
         if len(prompts) * options.n > limit:
             raise invalid(f"one request may ask for at most {limit} answers", "n")
-        requests = [one for ids in prompts for one in self.model.requests(ids, options)]
-        answers = [
-            Answer(
-                index,
-                AnswerText(self.model.tokenizer, options.stop, strip=strip),
-                self._bytes,
-                self.model.eos,
-                with_shares=options.gateskip.token_shares,
-            )
-            for index in range(len(requests))
-        ]
+        requests = [one for ids in prompts for one in self.model.requests(ids, options, constraint)]
+        answers = [answer(index) for index in range(len(requests))]
         envelope = Envelope(shape, self.model.names[0])
         generation = Generation(self.scheduler, requests, answers, envelope, n=options.n)
         return Answering(generation, options)
@@ -208,6 +229,13 @@ class Answering(Response):
             yield _json(api_error(error).body())
         else:
             yield b"[DONE]"
+
+
+async def in_thread(
+    executor: ThreadPoolExecutor, compute: Callable[..., Result], *given: Any
+) -> Result:
+    """The result of a call in a thread: others are answered meanwhile."""
+    return await asyncio.get_running_loop().run_in_executor(executor, compute, *given)
 
 
 async def unless_gone(receive: Receive, sending: Awaitable[None]) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +23,10 @@ from compose.bench.generate import (
 )
 from compose.errors import UserError
 from compose.serve.api.errors import ApiError, invalid
-from compose.serve.api.fields import ChatMessage, Options
+from compose.serve.api.fields import ChatBody, ChatMessage, Options
+from compose.serve.api.formats import Tool
+from compose.serve.call_format import BARE, CallFormat, tool_template
+from compose.serve.constraint import Constraint, Constraints
 from compose.serve.settings import ServeSettings
 from gateskip.decoding.config import SkipConfig, grouped
 from gateskip.decoding.sampling import Sampler
@@ -61,6 +66,12 @@ class ServedModel:
         self.tokenizer = copy.deepcopy(self.decoder.tokenizer)
         self._encoder = copy.deepcopy(self.decoder.tokenizer)
         self._encoder.model_max_length = 1 << 60  # no warning: longer prompts are refused
+        self._tools = tool_template(self._encoder)
+        self._constraints = Constraints(
+            copy.deepcopy(self.decoder.tokenizer),
+            self.decoder.skipping.model.config.vocab_size,
+            self.eos,
+        )
         self._settings_of = lru_cache(maxsize=256)(self._decode_settings)
 
     def _limits(self, settings: ServeSettings) -> ServeLimits:
@@ -93,15 +104,48 @@ class ServedModel:
         budget = self.settings.get("budget") if own == "skip" else None
         return {"mode": own, "budget": budget, "budgets": budgets}
 
-    def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of a conversation by the model's chat template."""
         if not getattr(self._encoder, "chat_template", None):
             raise invalid("this model has no chat template: use /v1/completions", "messages")
+        if not self._tools.shows_tools:
+            _require_no_calls(messages)
         turns = [_turn(message) for message in messages]
+        unseen = {"function": {"strict"}}  # models are not trained on it
+        shown = [tool.model_dump(exclude_none=True, exclude=unseen) for tool in tools]
         try:
-            return chat_ids(self._encoder, turns)
+            return chat_ids(self._encoder, turns, shown or None)
         except Exception as error:  # a template refuses by an exception of its own
             raise invalid(f"the chat template refuses the messages: {error}", "messages") from None
+
+    def call_format(self, body: ChatBody) -> CallFormat | None:
+        """How the answer to a chat writes calls; None where it may have none.
+
+        Raises ApiError where the chat template has no form of calls that can be recognised.
+        """
+        if not body.callable_tools:
+            return None
+        if self._tools.calls is None and not body.must_call:
+            message = (
+                "tools: the chat template of this model has no <tool_call> form; use tool_choice"
+                " required, or the name of a function"
+            )
+            raise invalid(message, "tools", "unsupported_parameter")
+        return self._tools.calls or BARE
+
+    def chat_constraint(self, body: ChatBody) -> Constraint | None:
+        """The grammar of the answer to a chat; None where it is free. Raises ApiError."""
+        form = self.call_format(body)
+        if form is None:
+            return self.constraint(body)
+        once = not body.parallel_tool_calls
+        tools = body.callable_tools
+        return self._constraints.calls(tools, form, must_call=body.must_call, once=once)
+
+    def constraint(self, options: Options) -> Constraint | None:
+        """The grammar of an answer's JSON; None where it is free text. Raises ApiError."""
+        schema = options.schema_of_answer
+        return None if schema is None else self._constraints.json(schema, "response_format")
 
     def text_prompt(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a text that is continued."""
@@ -113,13 +157,15 @@ class ServedModel:
             raise invalid(f"prompt has the token id {wrong}; ids are 0 to {size - 1}", "prompt")
         return prompt
 
-    def requests(self, prompt: Sequence[int], options: Options) -> list[Request]:
+    def requests(
+        self, prompt: Sequence[int], options: Options, constraint: Constraint | None = None
+    ) -> list[Request]:
         """The requests for the `n` answers to a prompt, each with its own seed."""
         answer = self._answer_tokens(prompt, options.max_tokens)
         settings = dict(self._settings_of(options.gateskip.mode, options.gateskip.budget))
         mode = settings.pop("mode")
-        if options.tops is not None and mode == "speculate":
-            mode = "plain"  # the same tokens; drafts give no log probabilities
+        if mode == "speculate" and (options.tops is not None or constraint is not None):
+            mode = "plain"  # the same tokens; drafts give no log probabilities, and know no grammar
         for name in ("kv_cache", "target"):  # the same for all requests
             settings.pop(name, None)
         shares = options.gateskip.token_shares
@@ -129,6 +175,12 @@ class ServedModel:
         skip, draft = grouped(None, None, settings.pop("budget", None), settings)
         seed = secrets.randbits(32) if options.seed is None else options.seed
         sampler = Sampler(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+
+        def one(choice: int) -> Sampler:
+            if constraint is None:
+                return sampler
+            return replace(sampler, processors=(constraint.mask(len(prompt)),))
+
         return [
             Request(
                 prompt=tuple(prompt),
@@ -136,7 +188,7 @@ class ServedModel:
                 mode=mode,
                 skip=skip,
                 draft=draft,
-                sampler=sampler,
+                sampler=one(choice),
                 seed=(seed + choice) % SEEDS,
                 eos=self.eos,
                 stop=tuple(options.stop),
@@ -199,11 +251,29 @@ def cache_bytes(settings: ServeSettings) -> int:
     return int(psutil.virtual_memory().available) // (2 * settings.replicas)
 
 
-def _turn(message: ChatMessage) -> dict[str, str]:
-    """A turn as templates take it; `developer` is the newer name of `system`."""
-    role = "system" if message.role == "developer" else message.role
-    turn = {"role": role, "content": message.content}
-    return turn if message.name is None else {**turn, "name": message.name}
+def _turn(message: ChatMessage) -> dict[str, Any]:
+    """A turn as templates take it: `developer` is the newer name of `system`, and arguments are an
+    object."""
+    turn = {**message.model_dump(exclude_none=True), "content": message.content or ""}
+    if message.role == "developer":
+        turn["role"] = "system"
+    for call in turn["tool_calls"]:
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    if not message.tool_calls:
+        del turn["tool_calls"]
+    return turn
+
+
+def _require_no_calls(messages: Sequence[ChatMessage]) -> None:
+    """Raises ApiError where a template without tools would leave out calls and their results."""
+    for i, message in enumerate(messages):
+        if message.tool_calls or message.role == "tool":
+            field = "tool_calls" if message.tool_calls else "role"
+            raise invalid(
+                f"messages[{i}].{field}: the chat template of this model takes no tools",
+                f"messages[{i}].{field}",
+                "unsupported_parameter",
+            )
 
 
 def mode_text(settings: dict[str, Any]) -> str:

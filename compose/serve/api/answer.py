@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from compose.serve.api.calls import CallDelta, CallReader
 from compose.serve.api.text import AnswerText
 from compose.serve.api.token_bytes import TokenBytes
 from gateskip.serving.requests import Event, Finished, NewToken
@@ -41,6 +42,7 @@ class Piece:
     shares: list[TokenShare] = field(default_factory=list)
     """Of the tokens of the text, in parts that make it up."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
     finished: Finished | None = None
 
 
@@ -80,11 +82,13 @@ class Answer:
         text: AnswerText,
         token_bytes: TokenBytes,
         eos: Sequence[int],
+        calls: CallReader | None = None,
         *,
         with_shares: bool = False,
     ) -> None:
         self.index = index
         self.finished: Finished | None = None
+        self._calls = calls
         self._text, self._bytes, self._eos = text, token_bytes, frozenset(eos)
         self._waiting: deque[TokenLogprob] = deque()
         self._begun: deque[tuple[int, float | None]] = deque()
@@ -92,9 +96,16 @@ class Answer:
         self._with_shares = with_shares
         self._piece = Piece()
 
+    @property
+    def called(self) -> bool:
+        """Whether the answer has a call of a function."""
+        return self._calls is not None and self._calls.called
+
     def add(self, event: Event) -> None:
         """Take an event."""
         if isinstance(event, NewToken):
+            if self._is_in_a_call(event.token):
+                return
             if (
                 event.logprob is not None
                 and not self._text.stopped
@@ -106,7 +117,16 @@ class Answer:
             self._piece.text += self._text.add(event.token)
         else:
             self._piece.text += self._text.finish()
+            self._piece.calls += [] if self._calls is None else self._calls.finish()
             self._piece.finished = self.finished = event
+
+    def _is_in_a_call(self, token: int) -> bool:
+        """Whether a token is a part of a call, which then has it."""
+        if self._calls is None or token in self._eos:
+            return False
+        deltas = self._calls.add(token)
+        self._piece.calls += deltas or []
+        return deltas is not None
 
     def take(self) -> Piece:
         """What is new since the last call."""

@@ -5,24 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from compose.errors import suggest
 from compose.serve.api.errors import ApiError, invalid
+from compose.serve.api.formats import ResponseFormat, Schema, Tool, ToolCall, ToolChoice
+from compose.serve.api.strict import Body
 
 HARMLESS = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_retention", "parallel_tool_calls"),
+    "prompt_cache_retention",
 }
 """Fields without effect on an answer."""
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "tool_calls": ([],),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "logit_bias": ({},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -39,14 +47,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Fields of OpenAI's API that this server refuses, with the values that ask for nothing."""
 
 Parsed = TypeVar("Parsed", bound="Body")
-
-
-class Body(BaseModel):
-    """Fields of a request, or of an object in it."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class GateskipOptions(Body):
@@ -81,6 +81,7 @@ class Options(Body):
     max_tokens: int | None = Field(default=None, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     gateskip: GateskipOptions = GateskipOptions()
 
     @field_validator("stop", mode="before")
@@ -98,6 +99,16 @@ class Options(Body):
         return self
 
     @property
+    def schema_of_answer(self) -> Schema | None:
+        """The JSON schema that the answer follows; None for text."""
+        return None if self.response_format is None else self.response_format.schema_of_answer
+
+    @property
+    def constrained(self) -> bool:
+        """Whether some tokens may be forbidden in the answer."""
+        return self.schema_of_answer is not None
+
+    @property
     def tops(self) -> int | None:
         """How many likeliest tokens each token comes with; None without log probabilities."""
         raise NotImplementedError
@@ -106,14 +117,34 @@ class Options(Body):
 class ChatMessage(Body):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     name: str | None = None
+    tool_calls: list[ToolCall] = Field(default=[])
+    """The calls in an earlier answer."""
+    tool_call_id: str | None = Field(default=None, validate_default=True)
+    """The call whose result a message of the role tool has."""
+    content: str | None = Field(default=None, validate_default=True)
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _of_the_assistant(cls, value: list[ToolCall], info: ValidationInfo) -> list[ToolCall]:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("only messages of the assistant have tool_calls")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _of_a_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (value is not None) != (info.data.get("role") == "tool"):
+            raise ValueError("tool_call_id is needed with the role tool, and only there")
+        return value
 
     @field_validator("content", mode="before")
     @classmethod
-    def _joined(cls, value: Any) -> Any:
-        """The text of parts [{"type": "text", "text"}]."""
+    def _joined(cls, value: Any, info: ValidationInfo) -> Any:
+        """The text of parts [{"type": "text", "text"}]; only beside calls there may be none."""
+        if value is None and not info.data.get("tool_calls"):
+            raise ValueError("content is needed")
         if not isinstance(value, list):
             return value
         for part in value:
@@ -127,6 +158,9 @@ class ChatBody(Options):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[Tool] = Field(default=[], max_length=128)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -140,6 +174,56 @@ class ChatBody(Options):
                 raise ValueError("max_tokens and max_completion_tokens differ: leave one out")
             self.max_tokens = self.max_completion_tokens
         return self
+
+    @field_validator("tools")
+    @classmethod
+    def _different(cls, value: list[Tool]) -> list[Tool]:
+        names = [tool.function.name for tool in value]
+        if len(set(names)) < len(names):
+            raise ValueError("two functions have the same name")
+        return value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _choice_fits(self) -> Self:
+        choice = self.tool_choice
+        if choice is not None and choice.type in ("required", "function") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        named = None if choice is None or choice.function is None else choice.function.name
+        if named is not None and named not in (tool.function.name for tool in self.tools):
+            raise ValueError(f"tool_choice: no tool has the name {named}")
+        if not self.callable_tools:
+            return self
+        if self.schema_of_answer is not None:
+            raise ValueError("response_format is not supported beside tools; use tool_choice none")
+        if self.gateskip.token_shares:
+            raise ValueError("token_shares is not supported beside tools; use tool_choice none")
+        if self.logprobs:
+            raise ValueError("logprobs is not supported beside tools; use tool_choice none")
+        return self
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        choice = self.tool_choice
+        if choice is None or choice.type in ("auto", "required"):
+            return self.tools
+        named = None if choice.function is None else choice.function.name
+        return [tool for tool in self.tools if tool.function.name == named]
+
+    @property
+    def constrained(self) -> bool:
+        """Whether some tokens may be forbidden in the answer."""
+        return bool(self.callable_tools) or self.schema_of_answer is not None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is one call of a tool, and no text."""
+        return self.tool_choice is not None and self.tool_choice.type in ("required", "function")
 
     @property
     def tops(self) -> int | None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from compose.serve.api.answer import Answer, Inbox, Piece, TokenLogprob, TokenShare
+from compose.serve.api.calls import CallDelta, whole_calls
 from compose.serve.api.errors import ApiError, invalid
 from compose.serve.api.shapes import JSON, Envelope, Shape, ended, receipt_of, token_shares, usage
 from gateskip.serving.requests import (
@@ -87,18 +88,20 @@ class Generation:
         texts = [""] * len(self._answers)
         tokens: list[list[TokenLogprob]] = [[] for _ in self._answers]
         shares: list[list[TokenShare]] = [[] for _ in self._answers]
+        calls: list[list[CallDelta]] = [[] for _ in self._answers]
         async for answer, piece in self._pieces():
             texts[answer.index] += piece.text
             tokens[answer.index] += piece.logprobs
             shares[answer.index] += piece.shares
+            calls[answer.index] += piece.calls
         choices = [
             {
-                "index": answer.index,
-                **self._shape.choice(texts[answer.index], self._of(tokens[answer.index])),
-                **ended(Piece(finished=answer.finished)),
-                **self._shares(shares[answer.index]),
+                "index": i,
+                **self._shape.choice(texts[i], self._of(tokens[i]), whole_calls(calls[i])),
+                **ended(answer.finished, called=answer.called),
+                **self._shares(shares[i]),
             }
-            for answer in self._answers
+            for i, answer in enumerate(self._answers)
         ]
         return self._envelope.whole(choices, usage=self._usage(), gateskip=self._receipt())
 
@@ -108,11 +111,13 @@ class Generation:
         more = {"usage": None} if with_usage else {}
         async for answer, piece in self._pieces():
             first = answer.index not in begun
-            if not (piece.text or piece.logprobs or piece.finished or first):
+            if not (piece.text or piece.logprobs or piece.calls or piece.finished or first):
                 continue
             begun.add(answer.index)
-            delta = self._shape.delta(piece.text, self._of(piece.logprobs), first=first)
-            choice = {"index": answer.index, **delta, **ended(piece), **self._shares(piece.shares)}
+            logprobs = self._of(piece.logprobs)
+            delta = self._shape.delta(piece.text, logprobs, piece.calls, first=first)
+            end = ended(piece.finished, called=answer.called)
+            choice = {"index": answer.index, **delta, **end, **self._shares(piece.shares)}
             last = {"gateskip": self._receipt()} if self._all_ended() else {}
             yield self._envelope.chunk([choice], **more, **last)
         if with_usage:

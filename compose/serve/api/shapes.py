@@ -7,13 +7,15 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from compose.serve.api.answer import Piece, TokenLogprob, TokenShare
-from gateskip.serving.requests import FinishReason, Receipt, Request
+from compose.serve.api.answer import TokenLogprob, TokenShare
+from compose.serve.api.calls import CallDelta
+from gateskip.serving.requests import Finished, FinishReason, Receipt, Request
 
 ENDINGS: Mapping[FinishReason, str] = {"stop": "stop", "length": "length", "deadline": "length"}
 """`finish_reason` of the answers that are given to clients."""
 
 JSON = dict[str, Any]
+Logprobs = Sequence[TokenLogprob] | None
 
 
 class Shape(Protocol):
@@ -24,10 +26,12 @@ class Shape(Protocol):
     """`object` of a whole answer, and of a chunk of a stream."""
     prefix: str
 
-    def choice(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> JSON:
+    def choice(self, text: str, logprobs: Logprobs, calls: Sequence[CallDelta]) -> JSON:
         """The answer's own fields, of a whole answer."""
 
-    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None, *, first: bool) -> JSON:
+    def delta(
+        self, text: str, logprobs: Logprobs, calls: Sequence[CallDelta], *, first: bool
+    ) -> JSON:
         """The same of a chunk."""
 
 
@@ -36,15 +40,21 @@ class Chat:
 
     whole, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def choice(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> JSON:
+    def choice(self, text: str, logprobs: Logprobs, calls: Sequence[CallDelta]) -> JSON:
         """{"message", "logprobs"}."""
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: JSON = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
         return {"message": message, "logprobs": _chat_logprobs(logprobs)}
 
-    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None, *, first: bool) -> JSON:
+    def delta(
+        self, text: str, logprobs: Logprobs, calls: Sequence[CallDelta], *, first: bool
+    ) -> JSON:
         """{"delta", "logprobs"}; the role comes with the first chunk."""
-        delta = {"role": "assistant", "content": text} if first else {"content": text}
-        return {"delta": delta if text or first else {}, "logprobs": _chat_logprobs(logprobs)}
+        delta: JSON = {"role": "assistant"} if first else {}
+        delta |= {"content": text} if text or (first and not calls) else {}
+        delta |= {"tool_calls": [{"index": c.index, **_call(c)} for c in calls]} if calls else {}
+        return {"delta": delta, "logprobs": _chat_logprobs(logprobs)}
 
 
 class Completion:
@@ -52,13 +62,15 @@ class Completion:
 
     whole, chunk, prefix = "text_completion", "text_completion", "cmpl"
 
-    def choice(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> JSON:
-        """{"text", "logprobs"}."""
+    def choice(self, text: str, logprobs: Logprobs, calls: Sequence[CallDelta]) -> JSON:
+        """{"text", "logprobs"}; a completion calls no functions."""
         return {"text": text, "logprobs": _text_logprobs(logprobs)}
 
-    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None, *, first: bool) -> JSON:
+    def delta(
+        self, text: str, logprobs: Logprobs, calls: Sequence[CallDelta], *, first: bool
+    ) -> JSON:
         """{"text", "logprobs"}."""
-        return self.choice(text, logprobs)
+        return self.choice(text, logprobs, calls)
 
 
 class Envelope:
@@ -88,10 +100,10 @@ class Envelope:
         }
 
 
-def ended(piece: Piece) -> JSON:
-    """{"finish_reason"}: None while the answer goes on."""
-    reason = None if piece.finished is None else ENDINGS.get(piece.finished.reason)
-    return {"finish_reason": reason}
+def ended(finished: Finished | None, *, called: bool) -> JSON:
+    """{"finish_reason"}: None while the answer goes on; `called` says whether it has a call."""
+    reason = None if finished is None else ENDINGS.get(finished.reason)
+    return {"finish_reason": "tool_calls" if called and reason == "stop" else reason}
 
 
 def token_shares(shares: Sequence[TokenShare]) -> JSON:
@@ -135,7 +147,15 @@ def receipt_of(receipts: Sequence[Receipt], request: Request) -> JSON:
     }
 
 
-def _chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> JSON | None:
+def _call(call: CallDelta) -> JSON:
+    """A call, or what is new in it; its id and its name come once."""
+    if call.name is None:
+        return {"function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _chat_logprobs(logprobs: Logprobs) -> JSON | None:
     if logprobs is None:
         return None
     return {"content": [_chat_logprob(token) for token in logprobs], "refusal": None}
@@ -153,7 +173,7 @@ def _chat_logprob(token: TokenLogprob) -> JSON:
     }
 
 
-def _text_logprobs(logprobs: Sequence[TokenLogprob] | None) -> JSON | None:
+def _text_logprobs(logprobs: Logprobs) -> JSON | None:
     if logprobs is None:
         return None
     return {

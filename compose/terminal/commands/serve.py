@@ -95,7 +95,7 @@ def serve(
     from compose.extras import require
     from compose.terminal.commands.models import as_folder
 
-    require("serve")
+    require("serve", but=["llguidance"])  # which only requests for JSON need
     settings = ServeSettings(
         folder=as_folder(folder, keep_blocks),
         host=host,

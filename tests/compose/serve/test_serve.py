@@ -334,16 +334,17 @@ CHAT = {"messages": MESSAGES}
 BAD: dict[str, tuple[Any, str]] = {
     "no messages": ({}, "messages"),
     "empty messages": ({"messages": []}, "messages"),
-    "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    "a role": ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "messages[0].content",
     ),
     "tool calls": (
         {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-        "messages[0].tool_calls",
+        "messages[0].tool_calls[0].function",
     ),
-    "tools": ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
+    "tools": ({**CHAT, "tools": [{"type": "function"}]}, "tools[0].function"),
+    "functions": ({**CHAT, "functions": [{"name": "f"}]}, "functions"),
     "json": ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format"),
     "bias": ({**CHAT, "logit_bias": {"5": 1}}, "logit_bias"),
     "penalty": ({**CHAT, "frequency_penalty": 0.5}, "frequency_penalty"),
