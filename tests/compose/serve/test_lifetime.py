@@ -151,7 +151,7 @@ def test_a_prefix_dir_that_cannot_be_written(endless: Path, tmp_path: Path) -> N
     """It is refused before the model is loaded; replicas get it by their settings."""
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"file.*--prefix-dir"):
+        with pytest.raises(UserError, match=r"(?s)file.*--prefix-dir"):
             serve(endless, port=0, prefix_dir=wrong)
     given = ServeSettings(folder=endless, prefix_dir=tmp_path)
     assert from_json(given.to_json()) == given
