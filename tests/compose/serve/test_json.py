@@ -444,6 +444,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "response_format is not supported beside tools",
     ),
     "log probabilities": ({**REQUIRED, "tools": TOOLS, "logprobs": True}, "logprobs"),
+    "token shares": (
+        {**REQUIRED, "tools": TOOLS, "gateskip": {"token_shares": True}},
+        "token_shares is not supported beside tools",
+    ),
     "auto": ({**CHAT, "tools": TOOLS}, "no <tool_call> form"),
     "a result": (
         {"messages": [{"role": "tool", "tool_call_id": "1", "content": "x"}]},
