@@ -46,8 +46,9 @@ TASKS = 48  # different requests
 PROMPT, ANSWER = (10, 600), (8, 96)  # words of a prompt, tokens of an answer
 ORDINARY, SLOW, LEAVING, MALFORMED = 6, 2, 2, 1  # clients
 FLOOD, EVERY_S = 64, 10.0
+WARM_UPS = 3
 PAUSE_S = 0.05
-SETTLED_S = 180.0  # after which memory is compared: until then rows are used for the first time
+SETTLED_S = 60.0  # after which memory is compared
 WATCH_S = 5.0  # between two looks at memory
 REFUSED = {400, 413, 422, 429}
 BODIES: tuple[bytes, ...] = (
@@ -83,6 +84,19 @@ class Soak:
     until: float
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+
+    async def warm_up(self) -> None:
+        """Use all rows, those of prefixes included, as far as any request will: memory of the cache
+        is taken when it is first used."""
+        longest = max(self.tasks, key=lambda task: len(task.prompt))
+        for _ in range(WARM_UPS):
+            texts = [f"{number} {longest.prompt}" for number in range(ROWS + QUEUE)]
+            tasks = [Task(text, ANSWER[1], "") for text in texts]
+            await asyncio.gather(*(self._read(task) for task in tasks))
+
+    async def _read(self, task: Task) -> None:
+        async with self._stream(task, stream=False) as response:
+            await response.aread()
 
     async def ordinary(self, draw: random.Random) -> None:
         """One request; every second one is streamed."""
@@ -179,7 +193,7 @@ def main() -> None:
     for name, count in sorted(soak.counts.items()):
         print(f"{name:16} {count}")
     minutes = [f"{size / 1e6:.0f}" for at, size in memory if at % 60 < WATCH_S]
-    print(f"memory each minute: {', '.join(minutes)} MB; after the first three minutes at most")
+    print(f"memory each minute: {', '.join(minutes)} MB; after the first minute at most")
     print(f"{max(settled) / settled[0] - 1:+.1%}, at the end {settled[-1] / settled[0] - 1:+.1%}")
     print(f"alive: {alive}, exit code after SIGTERM: {code}, wrong: {len(soak.wrong)}")
     for text in soak.wrong[:5]:
@@ -220,6 +234,9 @@ async def _soak(
         )
         seeds = itertools.count()
         work = [soak.work(do, next(seeds)) for do, clients in kinds for _ in range(clients)]
+
+        await soak.warm_up()
+        begun, soak.until = time.monotonic(), time.monotonic() + seconds
 
         async def watch() -> None:
             while time.monotonic() < soak.until:

@@ -46,6 +46,7 @@ from gateskip.serving.steps import Steps
 
 log = logging.getLogger(__name__)
 BESIDE = 256  # prompt tokens that are read between two steps of rows that decode
+UNREAD = 1 << 14  # times to first tokens that wait for `snapshot`; then the oldest are dropped
 
 
 class Ticket:
@@ -94,7 +95,7 @@ class Scheduler:
         self._number = 0
         self._ended = Counter[FinishReason]()
         self._sums = Sums()
-        self._first_token_s = deque[float]()
+        self._first_token_s = deque[float](maxlen=UNREAD)
 
     # -- from any thread -------------------------------------------------------------------------
 
