@@ -75,9 +75,9 @@ def serve(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep keys and values of prompts in this folder, so that a restarted server or"
-            " another replica reads no prompt again that begins alike. Uses at most a tenth of the"
-            " free disk.",
+            help="Store keys and values of prompts in this folder. A restarted server or another"
+            " replica then reuses them for prompts that begin with the same tokens. The folder uses"
+            " at most a tenth of the free disk.",
         ),
     ] = None,
     replicas: Annotated[
