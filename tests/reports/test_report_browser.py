@@ -288,6 +288,7 @@ def test_axe_finds_nothing_serious(
     assert bad == []
 
 
+@pytest.mark.slow
 def test_200_cells_open_and_how_long_that_takes(
     chromium: Any, tmp_path: Path, record_property: Any
 ) -> None:

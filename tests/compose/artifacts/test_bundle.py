@@ -42,6 +42,7 @@ def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_it_decodes_as_we_do(folder: Path, tmp_path: Path) -> None:
     prompts = [[5, 9, 200, 31], [17, 4, 66]]
     asked: list[dict[str, Any]] = [

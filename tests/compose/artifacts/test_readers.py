@@ -100,6 +100,7 @@ def test_codes_are_packed_lowest_bits_first(bits: int) -> None:
     assert torch.equal(unpacked(odd, bits)[:, :5], codes[:, :5]), "the last word is filled up"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GPTQ)
 def test_integers_give_the_weights_that_gptqmodel_multiplies_by(
     case: str, quantize: Quantize

@@ -202,6 +202,7 @@ def jobs(make_tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., CellJo
     return make
 
 
+@pytest.mark.slow
 def test_another_engine_is_scored_and_timed_as_ours(jobs: Callable[..., CellJob]) -> None:
     """transformers computes what we compute, so every number that is not a time must agree."""
     ours, theirs = CellBench(jobs("dense")), PeerBench(jobs("peer"), "transformers")

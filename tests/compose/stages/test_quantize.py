@@ -425,6 +425,7 @@ def auto_round() -> Any:
     return pytest.importorskip("auto_round", reason="pip install 'gateskip-compose[autoround]'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"bits": 8, "sym": True}], ids=str)
 def test_autoround_saves_what_the_library_learned(
     more: dict[str, Any],

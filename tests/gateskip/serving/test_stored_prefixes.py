@@ -199,6 +199,7 @@ def test_one_weight_changes_the_identity_and_its_folder_does_not(
     assert identity(tiny_llama) == identity(copy) != identity(tiny_llama, 0.001)
 
 
+@pytest.mark.slow
 def test_two_processes(tiny_llama: Path, tmp_path: Path) -> None:
     """They write and read the same files at the same time; a third one reads them later."""
     system = ids(100, 1)

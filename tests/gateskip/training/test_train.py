@@ -334,6 +334,7 @@ def test_two_processes_train_as_one_with_their_batch(
     assert any(not torch.equal(w, one["before"][n]) for n, w in one["weights"].items())
 
 
+@pytest.mark.slow
 def test_a_shared_out_student_writes_with_the_weights_that_it_has_by_then(together: Path) -> None:
     wrote = [
         torch.load(together / f"{run}.pt")["wrote"]
