@@ -111,11 +111,11 @@ def serve_one(
 ) -> None:
     """Load the model and serve it until SIGTERM or SIGINT.
 
-    `on_ready` is given one line on the server. Raises as `ServedModel` and `require_writable`.
+    `on_ready` is given one line on the server. Raises as `ServedModel` and `make_prefix_folder`.
     """
     log_lines("" if counts is None else f" replica {replica}")
     if settings.prefix_dir is not None:
-        require_writable(settings.prefix_dir)
+        make_prefix_folder(settings.prefix_dir)
     LOG.info("loading %s; with drafts this can take minutes", settings.folder.name)
     disable_progress_bar()  # of weights, by transformers
     model = ServedModel(settings)
@@ -135,7 +135,7 @@ def serve_one(
             signal.signal(number, handler)
 
 
-def require_writable(folder: Path) -> None:
+def make_prefix_folder(folder: Path) -> None:
     """Make a folder. Raises UserError where no file can be written to it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gateskip.kernels.autotune import stored_beside
+from gateskip.kernels.autotune import new_file, stored_beside
 from gateskip.quantization.dequantize import linear_layers
 from gateskip.quantization.draft_copy import Inputs, read_text
 from gateskip.runtime.backend import Thresholds
@@ -68,11 +66,8 @@ def _store(file: Path, text: OwnText, model: Any) -> None:
     squares = [text.inputs.layers[layer] for layer in linear_layers(model)]
     tensors = {str(number): values.contiguous() for number, values in enumerate(squares)}
     tensors |= {"blocks": text.blocks.contiguous(), "head": text.inputs.head.contiguous()}
-    with contextlib.suppress(OSError, SafetensorError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:
-            save_file(tensors, new.name)
-        os.replace(new.name, file)
+    with contextlib.suppress(OSError, SafetensorError), new_file(file) as path:
+        save_file(tensors, path)
 
 
 def fingerprint(model: Any, thresholds: Thresholds) -> str:

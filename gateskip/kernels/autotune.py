@@ -70,6 +70,20 @@ def stored_beside(name: str) -> Path:
     return cache_folder() / f"{stem}-{stamp}{dot}{ending}"
 
 
+@contextlib.contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A path to write to, which replaces `file` when the block succeeds. Raises OSError where the
+    folder cannot be written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:
+        path = Path(new.name)
+    try:
+        yield path
+        os.replace(path, file)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def choices() -> dict[str, Any]:
     """Every answer stored so far, by question; empty where there is none."""
     try:
@@ -88,12 +102,9 @@ def measured_once(question: str, measure: Callable[[], Any]) -> Any:
     if question in stored:
         return stored[question]
     answer = measure()
-    file = choices_file()
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            json.dump(choices() | {question: answer}, new, indent=1, sort_keys=True)
-        os.replace(new.name, file)
+    with contextlib.suppress(OSError), new_file(choices_file()) as file:
+        text = json.dumps(choices() | {question: answer}, indent=1, sort_keys=True)
+        file.write_text(text, encoding="utf-8")
     return answer
 
 

@@ -162,8 +162,8 @@ class Answer:
             return NewToken(token, compute=compute)
         logprobs = torch.log_softmax(self.logits.float(), -1)
         top = logprobs.topk(self.request.logprobs or 0)
-        likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return NewToken(token, float(logprobs[token]), tuple(likeliest), compute)
+        alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return NewToken(token, float(logprobs[token]), tuple(alternatives), compute)
 
     def finish(self, reason: FinishReason) -> None:
         """Send the last event."""

@@ -59,8 +59,8 @@ class Request:
     eos: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    """If given, each token comes with its log probability and those of that many likeliest tokens.
-    A request with log probabilities is decoded plainly: drafts do not give them."""
+    """If given, each token comes with its log probability and those of that many most probable
+    tokens. A request with log probabilities is decoded plainly: drafts do not give them."""
     token_shares: bool = False
     """Whether each token comes with the share of compute that chose it. Such a request is decoded
     token by token, without drafts."""
@@ -75,7 +75,7 @@ class NewToken:
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens and their log probabilities, the likeliest first."""
+    """The most probable tokens and their log probabilities, in falling order."""
     compute: float | None = None
     """If asked for, the share of the branches' multiply-adds that was computed in the pass that
     chose the token. None for a first token that was chosen in the pass of its whole prompt."""

@@ -6,33 +6,20 @@ Chromium, or Playwright is not installed, the tests are skipped and say so.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import launched, needs_chromium
 from report_data import made_up_results, many_cells, with_evidence
 
 from compose.results.io import save_results
 from compose.results.schema import Results
 from reports.render import render
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-MISSING = [
-    *([] if CHROMIUM else ["Chromium (apt-get install chromium, or CHROMIUM names one)"]),
-    *(
-        f"{name} (pip install -e '.[dev]')"
-        for name in ("playwright", "axe_playwright_python")
-        if importlib.util.find_spec(name) is None
-    ),
-]
-
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)}")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +37,8 @@ def _rendered(folder: Path, data: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A running browser."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 class Opened:

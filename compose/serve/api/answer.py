@@ -15,7 +15,7 @@ from gateskip.serving.requests import Event, Finished, NewToken
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's text, its bytes, its log probability, and those of the likeliest tokens."""
+    """A token's text, its bytes, its log probability, and those of the most probable tokens."""
 
     text: str
     raw: bytes

@@ -110,7 +110,7 @@ class Options(Body):
 
     @property
     def tops(self) -> int | None:
-        """How many likeliest tokens each token comes with; None without log probabilities."""
+        """How many most probable tokens come with each token; None without log probabilities."""
         raise NotImplementedError
 
 
@@ -227,7 +227,7 @@ class ChatBody(Options):
 
     @property
     def tops(self) -> int | None:
-        """How many likeliest tokens each token comes with; None without log probabilities."""
+        """How many most probable tokens come with each token; None without log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -256,7 +256,7 @@ class CompletionBody(Options):
 
     @property
     def tops(self) -> int | None:
-        """How many likeliest tokens each token comes with; None without log probabilities."""
+        """How many most probable tokens come with each token; None without log probabilities."""
         return self.logprobs
 
 

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from browser import launched, needs_chromium
 from serving import running
 from tiny_models import save_gated
 
 ROOT = Path(__file__).resolve().parents[3]
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-MISSING = [
-    *([] if CHROMIUM else ["Chromium (apt-get install chromium, or CHROMIUM names one)"]),
-    *(
-        f"{name} (pip install -e '.[dev]')"
-        for name in ("playwright", "axe_playwright_python")
-        if importlib.util.find_spec(name) is None
-    ),
-]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)}")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A running browser."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 def _opened(browser: Any, url: str, theme: str = "light") -> tuple[Any, list[str], list[str]]:
