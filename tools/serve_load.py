@@ -13,6 +13,11 @@ mean number of tokens in a chunk. Medians are over rounds; percentiles are over 
 
 With `--chat N`, one client holds a chat of N turns after a system prompt of about 1,000 tokens, and
 the tool prints the time to the first token of each turn.
+
+With `--generate FOLDER`, this process serves the folder to one client, in turns with calls of
+`Decoder.generate` on the same decoder: equal folders in two processes differ in speed by a quarter,
+by where their memory lies. `--rounds` prompts, each without drafts and as the folder decodes by
+itself.
 """
 
 from __future__ import annotations
@@ -24,17 +29,27 @@ import math
 import random
 import re
 import statistics
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from compose.analysis.intervals import paired_speed_ratio
 from compose.assets.texts import load_texts
+from compose.bench.generate import stop_token_ids
+from compose.serve.metrics import Metrics
+from compose.serve.model import ServedModel
+from compose.serve.port import bound_socket, url_of
+from compose.serve.server import ModelServer, scheduler_of
+from compose.serve.settings import ServeSettings
 
 TEXT = "heldout-text"
 PROMPT = (32, 2000)  # tokens of a prompt
@@ -45,7 +60,9 @@ FEWEST = 8  # requests of a round
 SYSTEM = 1000  # tokens of the system prompt of a chat
 TURN = 64  # tokens of an answer of a chat
 TIMEOUT = 600.0  # seconds of one request
-LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)  # servers close idle connections
+LIMITS = httpx.Limits(
+    max_connections=None, max_keepalive_connections=0
+)  # a server may close idle ones
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,9 @@ class Request:
 
     prompt: str
     tokens: int
+
+
+WARM_UP = Request("The history of the city begins with", 16)
 
 
 @dataclass(frozen=True)
@@ -82,14 +102,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("servers", nargs="+", metavar="NAME=URL")
+    parser.add_argument("servers", nargs="*", metavar="NAME=URL")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chat", type=int, default=0, metavar="TURNS")
+    parser.add_argument("--generate", type=Path, metavar="FOLDER")
     parser.add_argument("--extra", type=json.loads, default={}, help="further fields of requests")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
-    results = asyncio.run(_measure(options))
+    if options.generate:
+        results = _beside_generate(options.generate, options.rounds)
+    else:
+        results = asyncio.run(_measure(options))
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
@@ -194,11 +218,14 @@ async def _load(
     async def work() -> None:
         while waiting:
             request = waiting.pop()
-            fields = {"prompt": request.prompt, "max_tokens": request.tokens, "temperature": 0}
-            done.append(await _ask(client, server, "completions", fields | extra))
+            done.append(await _ask(client, server, "completions", _fields(request) | extra))
 
     await asyncio.gather(*(work() for _ in range(clients)))
     return done
+
+
+def _fields(request: Request) -> dict[str, Any]:
+    return {"prompt": request.prompt, "max_tokens": request.tokens, "temperature": 0}
 
 
 async def _ask(
@@ -250,6 +277,62 @@ async def _chat(client: httpx.AsyncClient, server: Server, turns: int) -> dict[s
         first.append(round((at or time.perf_counter()) - begun, 4))
     print(f"{server.name:12} first token of each turn: {', '.join(f'{s:.3f}' for s in first)} s")
     return {"server": server.name, "first_token_s": first}
+
+
+def _beside_generate(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Speed of one client's requests as a multiple of `generate`'s, for each mode."""
+    settings = ServeSettings(folder=folder)
+    model = ServedModel(settings)
+    server = ModelServer(settings, model, scheduler_of(model), Metrics())
+    bound, ready = bound_socket("127.0.0.1", 0), threading.Event()
+    threading.Thread(target=server.run_on, args=(bound, ready.set), daemon=True).start()
+    ready.wait()
+    served = Server("ours", url_of(bound), model.names[0])
+    with ProcessPoolExecutor(1, get_context("spawn")) as client:
+        return [_in_turns(client, served, model, mode, rounds) for mode in ("plain", "default")]
+
+
+def _in_turns(
+    client: ProcessPoolExecutor, server: Server, model: ServedModel, mode: str, rounds: int
+) -> dict[str, Any]:
+    decoder, draw = model.decoder, random.Random(0)
+    plain = {"mode": "plain"}
+    eos, extra = stop_token_ids(decoder), {"gateskip": plain} if mode == "plain" else {}
+    settings: dict[str, Any] = plain if mode == "plain" else dict(decoder.defaults)
+    speeds: dict[str, list[float]] = {"server": [], "generate": []}
+    for request in [WARM_UP, *_requests(0, rounds, -2)]:
+        ids = decoder.tokenizer(request.prompt).input_ids
+        for way in draw.sample(list(speeds), 2):
+            if way == "server":
+                tokens, seconds = client.submit(_ask_alone, server, request, extra).result()
+            else:
+                begun = time.perf_counter()
+                answer = decoder.generate([ids], request.tokens, eos=eos, **settings)
+                tokens, seconds = len(answer.tokens[0]), time.perf_counter() - begun
+            speeds[way].append(tokens / seconds)
+    for of_way in speeds.values():
+        del of_way[0]
+    ratio = paired_speed_ratio(speeds["server"], speeds["generate"])
+    assert ratio is not None, "two rounds or more"
+    print(
+        f"{mode:8} server {statistics.median(speeds['server']):.1f}, generate"
+        f" {statistics.median(speeds['generate']):.1f} tokens/s, ratio {ratio.value:.3f}"
+        f" ({ratio.low:.3f} to {ratio.high:.3f})",
+        flush=True,
+    )
+    return {"mode": mode, "tokens_per_s": speeds, "ratio": [ratio.value, ratio.low, ratio.high]}
+
+
+def _ask_alone(server: Server, request: Request, extra: dict[str, Any]) -> tuple[int, float]:
+    """New tokens of one answer, and its seconds, from a process without a model."""
+
+    async def ask() -> tuple[int, float]:
+        async with httpx.AsyncClient(timeout=TIMEOUT, limits=LIMITS) as client:
+            begun = time.perf_counter()
+            answer = await _ask(client, server, "completions", _fields(request) | extra)
+            return answer.new_tokens, time.perf_counter() - begun
+
+    return asyncio.run(ask())
 
 
 if __name__ == "__main__":

@@ -353,8 +353,9 @@ def test_training_of_under_20_steps_makes_no_curve() -> None:
         for name, curve in cell.get("training", {}).items():
             cell["training"][name] = [point for point in curve if point["step"] < 20]
     report = _report(data)
-    assert "training" not in pictures(report)
-    assert 'id="plot-training"' not in to_html(report, pictures(report))
+    drawn = pictures(report)
+    assert "training" not in drawn
+    assert 'id="plot-training"' not in to_html(report, drawn)
 
 
 def test_every_point_of_a_front_has_its_name(drawn: dict[str, Picture], report: Report) -> None:
@@ -558,6 +559,7 @@ def test_integers_are_quantized_and_healing_does_not_prune() -> None:
     assert weights_of(cell("heal")) == NOT_QUANTIZED
 
 
+@pytest.mark.slow
 def test_a_report_of_200_cells_stays_below_5_mb() -> None:
     report = Report(Results.model_validate(many_cells(200)))
     drawn = pictures(report)

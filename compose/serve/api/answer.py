@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,30 +49,39 @@ class Piece:
 
 
 class Inbox:
-    """The events of a request's answers, from the scheduler's thread to the event loop."""
+    """The events of a request's answers, from the scheduler's thread to the event loop.
+
+    Each waking of the loop takes time from the threads that decode. So `take` gathers events.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, Event]] = deque()
         self._ready = asyncio.Event()
-        self._called = False
+        self._wakes = True
+        self._taken_at = -math.inf
 
     def put(self, answer: int, event: Event) -> None:
         """Add an event; any thread may call it."""
         self._events.append((answer, event))
-        if not self._called and not self._loop.is_closed():
-            self._called = True
+        if (self._wakes or isinstance(event, Finished)) and not self._loop.is_closed():
+            self._wakes = False
             self._loop.call_soon_threadsafe(self._ready.set)
 
-    async def take(self) -> list[tuple[int, Event]]:
-        """All events since the last call, at least one call of `put` later."""
-        await self._ready.wait()
+    async def take(self, gather_s: float) -> list[tuple[int, Event]]:
+        """All events since the last call, at least one, and no sooner than `gather_s` seconds after
+        that call; but at once for the first event and for the end of an answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._taken_at + gather_s):
+                await self._ready.wait()
+        while not self._events:
+            self._ready.clear()
+            self._wakes = True
+            if not self._events:  # else `put` came before it could see that it has to wake
+                await self._ready.wait()
         self._ready.clear()
-        self._called = False
-        taken = []
-        while self._events:
-            taken.append(self._events.popleft())
-        return taken
+        self._taken_at = self._loop.time()
+        return [self._events.popleft() for _ in range(len(self._events))]
 
 
 class Answer:

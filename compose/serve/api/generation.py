@@ -24,6 +24,8 @@ from gateskip.serving.requests import (
 
 LOG = logging.getLogger("gateskip.serve")
 RETRY_AFTER_S = 1
+GATHER_S = 0.05  # between two chunks of a stream: each slows decoding, and no reader sees it
+WHOLE_S = 1.0  # where nobody reads before the end
 
 
 class Ticket(Protocol):
@@ -89,7 +91,7 @@ class Generation:
         tokens: list[list[TokenLogprob]] = [[] for _ in self._answers]
         shares: list[list[TokenShare]] = [[] for _ in self._answers]
         calls: list[list[CallDelta]] = [[] for _ in self._answers]
-        async for answer, piece in self._pieces():
+        async for answer, piece in self._pieces(WHOLE_S):
             texts[answer.index] += piece.text
             tokens[answer.index] += piece.logprobs
             shares[answer.index] += piece.shares
@@ -109,7 +111,7 @@ class Generation:
         """The answer in chunks; the last choice to end carries the receipt."""
         begun: set[int] = set()
         more = {"usage": None} if with_usage else {}
-        async for answer, piece in self._pieces():
+        async for answer, piece in self._pieces(GATHER_S):
             first = answer.index not in begun
             if not (piece.text or piece.logprobs or piece.calls or piece.finished or first):
                 continue
@@ -123,10 +125,10 @@ class Generation:
         if with_usage:
             yield self._envelope.chunk([], usage=self._usage())
 
-    async def _pieces(self) -> AsyncIterator[tuple[Answer, Piece]]:
+    async def _pieces(self, gather_s: float) -> AsyncIterator[tuple[Answer, Piece]]:
         """What is new in each answer, until all have ended."""
         while not self._all_ended():
-            for number in self._taken(await self._inbox.take()):
+            for number in self._taken(await self._inbox.take(gather_s)):
                 answer = self._answers[number]
                 piece = answer.take()
                 if piece.finished is not None:

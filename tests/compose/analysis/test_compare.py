@@ -85,6 +85,7 @@ def test_twenty_runs_of_the_same_cells_have_no_difference() -> None:
         assert len([change for change in changes if change.p is not None]) == 13 * 2 + 14 * 2
 
 
+@pytest.mark.slow
 def test_false_calls_are_rare_in_many_more() -> None:
     """Of 200 pairs of runs: the family of speeds is held at 0.5 %, so a handful at most."""
     draw = np.random.default_rng(8)

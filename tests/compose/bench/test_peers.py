@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,41 +252,60 @@ def test_an_engine_that_dies_takes_only_its_own_process(
 # --- transformers, which is always there ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["transformers", "transformers:lookup"])
-def test_transformers_continues_as_a_plain_loop(
-    option: str, tiny_llama: Path, tmp_path: Path
-) -> None:
-    model = reference(tiny_llama)
-    wanted = [greedy(model, row, 12) for row in PROMPTS]
-    prepared = prepare(option, tiny_llama, tmp_path)
+@pytest.fixture(scope="module")
+def transformers_peer(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PeerProcess]:
+    """One process for all: it takes seconds to import transformers."""
+    prepared = prepare("transformers", tiny_llama, tmp_path_factory.mktemp("transformers"))
     assert prepared.disk_bytes == (tiny_llama / "model.safetensors").stat().st_size
     with PeerProcess(prepared, 1) as peer:
-        assert peer.load(64, 2)["resident_bytes"] > 0
-        run = peer.generate(PROMPTS, 12, [STOP], ignore_stop=True)
-        assert run["tokens"] == wanted
-        assert run["prefill_s"] == run["ttft_s"] > 0 and run["decode_s"] > 0
-        if option == "transformers":
-            assert run["first_tokens"] == 2, "one a row"
-        stopped = peer.generate(PROMPTS, 12, [wanted[0][3]])
+        yield peer
+
+
+def continued(peer: PeerProcess, wanted: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What a peer writes after `PROMPTS`, which is what a plain loop does, with and without stop
+    tokens."""
+    assert peer.load(64, 2)["resident_bytes"] > 0
+    run = peer.generate(PROMPTS, 12, [STOP], ignore_stop=True)
+    assert run["tokens"] == wanted
+    assert run["prefill_s"] == run["ttft_s"] > 0 and run["decode_s"] > 0
+    stopped = peer.generate(PROMPTS, 12, [wanted[0][3]])
     cut = wanted[0].index(wanted[0][3]) + 1
     assert stopped["tokens"][0] == wanted[0][:cut], "the stop token is the last"
+    return run
 
 
-def test_rows_of_unequal_length(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    folder = make_tiny("llama")
+def test_transformers_continues_as_a_plain_loop(
+    transformers_peer: PeerProcess, tiny_llama: Path
+) -> None:
+    model = reference(tiny_llama)
+    run = continued(transformers_peer, [greedy(model, row, 12) for row in PROMPTS])
+    assert run["first_tokens"] == 2, "one a row"
+
+
+def test_transformers_with_look_up_continues_as_a_plain_loop(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = reference(tiny_llama)
+    with PeerProcess(prepare("transformers:lookup", tiny_llama, tmp_path), 1) as peer:
+        continued(peer, [greedy(model, row, 12) for row in PROMPTS])
+
+
+def test_rows_of_unequal_length(transformers_peer: PeerProcess, tiny_llama: Path) -> None:
     rows = [PROMPTS[0], PROMPTS[1][:3]]
-    model = reference(folder)
-    with PeerProcess(prepare("transformers", folder, tmp_path), 1) as peer:
-        peer.load(64, 2)
-        tokens = peer.generate(rows, 6, [], ignore_stop=True)["tokens"]
+    model = reference(tiny_llama)
+    transformers_peer.load(64, 2)
+    tokens = transformers_peer.generate(rows, 6, [], ignore_stop=True)["tokens"]
     assert tokens == [greedy(model, row, 6) for row in rows]
 
 
-def test_logits_come_back_as_a_mapped_array(tiny_llama: Path, tmp_path: Path) -> None:
+def test_logits_come_back_as_a_mapped_array(
+    transformers_peer: PeerProcess, tiny_llama: Path, tmp_path: Path
+) -> None:
     blocks = [PROMPTS[0] * 2, PROMPTS[1] * 2]
-    with PeerProcess(prepare("transformers", tiny_llama, tmp_path), 1) as peer:
-        peer.load(64, 1)
-        logits = peer.logits(blocks, tmp_path / "logits.npy")
+    transformers_peer.load(64, 1)
+    logits = transformers_peer.logits(blocks, tmp_path / "logits.npy")
     assert isinstance(logits, numpy.memmap)
     assert logits.shape == (2, 16, 512) and logits.dtype == numpy.float32
     with torch.inference_mode():

@@ -238,7 +238,7 @@ def test_bytes_that_are_no_http(tiny_llama: Path) -> None:
 
 def test_sigterm_lets_answers_end(endless: Path) -> None:
     with started(endless, "--name", "endless") as (process, url, log):
-        stream = Stream(url, max_tokens=1500)
+        stream = Stream(url, max_tokens=600)
         process.send_signal(signal.SIGTERM)
         last = stream.rest()[-2:]
         assert last[1] == "data: [DONE]"

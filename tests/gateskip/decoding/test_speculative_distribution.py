@@ -391,6 +391,7 @@ ALONE: dict[str, tuple[Sequence[int], dict[str, Any]]] = {
     "network": (PROMPT, {"draft_weights": "learned", "lookup": False}),
     "looked up": (REPEATS, {"draft_weights": "int4"}),
 }
+LONGEST = "another model and look-up"
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +430,13 @@ def written_alone(decoder: Decoder, kind: str) -> Counter[tuple[int, ...]]:
 
 
 @native
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(kind for kind in ALONE if kind != LONGEST),
+        pytest.param(LONGEST, marks=pytest.mark.slow),
+    ],
+)
 def test_a_row_alone_is_drawn_from_the_model(alone: Decoder, kind: str) -> None:
     wanted = of_sequences(alone, ALONE[kind][0])
     assert furthest(written_alone(alone, kind), wanted, SPANS) < LIMIT

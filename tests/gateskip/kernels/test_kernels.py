@@ -73,7 +73,14 @@ def test_the_program_that_make_sanitize_runs_fits_the_header() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="not x86-64")
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler here")
-@pytest.mark.parametrize("kind", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "cascadelake"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("x86-64-v2", "x86-64-v4", "cascadelake")
+    ]
+    + ["x86-64-v3"],
+)
 def test_kernels_compile_for_other_processors(kind: str) -> None:
     """Without AVX2, without AVX-512, without its products of bytes, and without bfloat16."""
     sources = map(str, sorted(build.FOLDER.rglob("*.cpp")))

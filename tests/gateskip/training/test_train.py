@@ -346,12 +346,14 @@ def test_a_shared_out_student_writes_with_the_weights_that_it_has_by_then(togeth
     assert abs(ddp - before) > 1e-4, "it has trained"
 
 
+@pytest.mark.slow
 def test_what_each_process_holds_of_a_shared_out_model(together: Path) -> None:
     held = torch.load(together / "fsdp-heal-2-0.pt")["held"]
     whole = torch.load(together / "ddp-heal-2-0.pt")["held"]
     assert 0.45 * whole < held < 0.6 * whole, "weights and moments of what trains"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shared_out_is_refused(together: Path) -> None:
     told = torch.load(together / "refused-2-0.pt")
     assert "launch without --use_fsdp" in told["frozen"] and "trains only gates" in told["frozen"]
