@@ -112,8 +112,8 @@ def build() -> Path:
         if (library := prebuilt.find(source_hash(code))) is not None:
             return library
         errors = []
-    except prebuilt.Unfit as error:
-        errors = [str(error)]
+    except prebuilt.Unfit as unfit:
+        errors = [str(unfit)]
     sources = source_files()
     tools = compilers()
     if not tools:
