@@ -4,6 +4,7 @@
 #   make test-slow     the slow ones: the real model, all chains, killed runs, other engines
 #   make check         format, lint, types, imports
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make wheels        a wheel for Linux on x86-64 with compiled kernels, and the source distribution, in dist
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (20 minutes)
@@ -27,7 +28,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow check sanitize fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
+.PHONY: help quickstart test test-slow check sanitize wheels fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -83,6 +84,13 @@ sanitize:
 	$(CXX) -std=c++17 -O1 -g -march=native -ffp-contract=off -fopenmp -fsanitize=address,undefined \
 	  -fno-sanitize-recover=all -I$(KERNELS) tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp $(KERNELS)/*/*.cpp -o build/odd_sizes
 	ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=0 build/odd_sizes
+
+# Needs g++. libgomp is left out, because torch brings it: two OpenMP libraries in one process do not share threads.
+wheels: $(VENV)/.dev
+	rm -rf build/wheels
+	GATESKIP_PREBUILT=1 $(BIN)/python -m build --outdir build/wheels
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheels/*.whl
+	cp build/wheels/*.tar.gz dist
 
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev

@@ -109,11 +109,12 @@ def _bytes_hash(root: Path, versions: dict[str, str]) -> str:
 
 
 def measuring_files(root: Path) -> Iterator[Path]:
-    """Every file of `MEASURING` but compiled ones, in a fixed order."""
+    """Every file of `MEASURING` but compiled ones (a wheel has kernels), in a fixed order."""
     for name in MEASURING:
         place = root / name
         files = sorted(place.rglob("*")) if place.is_dir() else [place]
-        yield from (f for f in files if f.is_file() and "__pycache__" not in f.parts)
+        files = [file for file in files if file.is_file() and file.suffix != ".so"]
+        yield from (file for file in files if "__pycache__" not in file.parts)
 
 
 def code_parts(file: Path, modules: Set[str]) -> list[bytes]:

@@ -76,7 +76,7 @@ def _compiler() -> Finding:
 
     if available := compilers():
         return Finding("C++ compiler", "ok", ", ".join(Path(name).name for name in available))
-    fix = "install g++ or clang, which compile the fast kernels and gptqmodel"
+    fix = "install g++ or clang: gptqmodel is compiled, and the fast kernels if no wheel has them"
     return Finding("C++ compiler", "note", "no compiler on the PATH", fix)
 
 

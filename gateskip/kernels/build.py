@@ -1,7 +1,8 @@
 """Compiles the kernels in src/: once per machine, kept in a cache folder, loaded through ctypes.
 
-Where no C++ compiler can compile them, everything runs on torch's own kernels: slower, with the
-same results up to rounding. `problem` gives the reason.
+A wheel carries compiled kernels (prebuilt.py), which are used where they fit this processor. Where
+they do not, and no C++ compiler can compile the sources, everything runs on torch's own kernels:
+slower, with the same results up to rounding. `problem` gives the reason.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gateskip.kernels import abi
+from gateskip.kernels import abi, prebuilt
 
 FOLDER = Path(__file__).parent / "src"
 FLAGS = (
@@ -87,6 +89,8 @@ def load(file: Path) -> Any:
 
     Raises OSError when it cannot be loaded, AbiMismatch when it does not match src/api.h.
     """
+    import torch  # noqa: F401  its OpenMP library is loaded first, so that kernels share it
+
     header = abi.read_header()
     loaded = ctypes.CDLL(str(file))
     if not hasattr(loaded, "gateskip_abi_version"):
@@ -97,19 +101,23 @@ def load(file: Path) -> Any:
 
 
 def build() -> Path:
-    """Compile the sources unless a build for them, this compiler and processor is cached.
+    """The wheel's library for this processor. Where there is none, compile the sources, unless a
+    build for them, this compiler and processor is cached.
 
     Compilers are tried in turn: clang++ may lack OpenMP, or $CXX may be too old. Raises BuildError
     when there is none, or none succeeds, or the cache is open to other users.
     """
-    sources = sorted(FOLDER.rglob("*.cpp"))
-    if not sources:
-        raise BuildError("the kernels' sources are not part of this copy of gateskip")
+    code = source_code()
+    try:
+        if (library := prebuilt.find(source_hash(code))) is not None:
+            return library
+        errors = []
+    except prebuilt.Unfit as unfit:
+        errors = [str(unfit)]
+    sources = source_files()
     tools = compilers()
     if not tools:
-        raise BuildError("no C++ compiler found: install g++ or clang, or name one in CXX")
-    code = b"".join(path.read_bytes() for path in (*sources, *sorted(FOLDER.rglob("*.h"))))
-    errors = []
+        errors.append("no C++ compiler found: install g++ or clang, or name one in CXX")
     for tool in tools:
         stamp = hashlib.sha256(code + processor() + " ".join((tool, *FLAGS)).encode())
         target = cache_folder() / f"kernels-{stamp.hexdigest()[:16]}.so"
@@ -121,6 +129,24 @@ def build() -> Path:
             return target
         errors.append(f"{tool}: {error}")
     raise BuildError("; ".join(errors))
+
+
+def source_files() -> list[Path]:
+    """The C++ files to compile. Raises BuildError where this copy of gateskip has none."""
+    files = sorted(FOLDER.rglob("*.cpp"))
+    if not files:
+        raise BuildError("the kernels' sources are not part of this copy of gateskip")
+    return files
+
+
+def source_code() -> bytes:
+    """All that is compiled, headers too. Raises BuildError as `source_files`."""
+    return b"".join(path.read_bytes() for path in (*source_files(), *sorted(FOLDER.rglob("*.h"))))
+
+
+def source_hash(code: bytes) -> str:
+    """What names the sources of a wheel's library."""
+    return hashlib.sha256(code).hexdigest()[:16]
 
 
 def require_private(file: Path) -> None:
@@ -145,12 +171,14 @@ def require_private(file: Path) -> None:
             )
 
 
-def compile_kernels(tool: str, sources: list[Path], target: Path) -> str | None:
+def compile_kernels(
+    tool: str, sources: list[Path], target: Path, flags: Sequence[str] = FLAGS
+) -> str | None:
     """Compile sources with a compiler into one library; None, or the compiler's error."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled = Path(folder) / "kernels.so"
-        command = [tool, *FLAGS, *map(str, sources), "-o", str(compiled)]
+        command = [tool, *flags, *map(str, sources), "-o", str(compiled)]
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if ended.returncode:
             lines = ended.stderr.strip().splitlines()[:ERROR_LINES]

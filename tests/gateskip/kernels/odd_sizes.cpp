@@ -1,5 +1,7 @@
 // Every function of api.h over sizes that no vector divides, against plain loops: for `make sanitize`.
 //
+// The last line it prints has a hash of all numbers that kernels gave: test_wheels.py compares builds by it.
+//
 // Buffers have exactly the size that the header asks for, so that AddressSanitizer sees any number read or
 // written beyond them.
 #include <algorithm>
@@ -24,6 +26,15 @@ void check(bool right, const char* what, int a, int b, int c) {
 }
 
 bool near(float a, float b, float by) { return std::fabs(a - b) <= by * (1 + std::fabs(b)); }
+
+uint64_t digest = 14695981039346656037u;  // FNV-1a
+
+// Numbers that a kernel gave
+template <class T>
+void record(const std::vector<T>& given) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(given.data());
+  for (size_t i = 0; i < given.size() * sizeof(T); i++) digest = (digest ^ bytes[i]) * 1099511628211u;
+}
 
 std::vector<float> normal(size_t n, float scale = 1) {
   std::normal_distribution<float> draw(0, scale);
@@ -154,6 +165,7 @@ void check_product(const char* what, const Matrix& w, const std::vector<float>& 
   const std::vector<float> x = normal(size_t(rows) * w.k);
   std::vector<float> y(size_t(rows) * w.n), one(w.n);
   gateskip_multiply(&w, x.data(), rows, y.data(), arena, 2);
+  record(y);
   double error = 0, size = 0;
   for (int r = 0; r < rows; r++)
     for (int n = 0; n < w.n; n++) {
@@ -177,6 +189,7 @@ void check_prompt(const Weights& w, int rows, double by) {
   Matrix matrix = w.matrix;
   matrix.bias = bias.data();
   gateskip_prefill_products(&matrix, 1, x.data(), rows, out.data(), 2);
+  record(out);
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < n; i++) {
       double total = bias[i], size = 1;
@@ -196,6 +209,7 @@ void check_embedded(const Packed& table) {
   for (bool bf16 : {false, true}) {
     const Embedding embedding{table.matrix, bf16, 3.0f};
     gateskip_embed(&embedding, tokens.data(), 2, out.data());
+    record(out);
     for (int i = 0; i < k; i++)
       check(near(out[i], 3 * table.weights[size_t(n - 1) * k + i], bf16 ? 0.01f : 1e-5f), "embedded", n, k, table.matrix.kind);
   }
@@ -212,6 +226,7 @@ void products() {
         const std::vector<float> x = normal(size_t(rows) * k);
         std::vector<float> y(size_t(rows) * n);
         gateskip_dense(single.weights.data(), n, k, x.data(), rows, y.data(), 2);
+        record(y);
         const float last = product(&single.weights[size_t(n - 1) * k], &x[size_t(rows - 1) * k], k);
         check(near(y.back(), last, 1e-4f), "dense", n, k, rows);
         const bool tiles = gateskip_prefill_units() == TILE_UNITS;
@@ -233,10 +248,12 @@ void products() {
           const float *offset = shifted ? w.offset.data() : nullptr, *table = w.table.empty() ? nullptr : w.table.data();
           std::vector<float> out(size_t(n) * k), y(size_t(rows) * n), scratch(size_t(rows) * groups);
           gateskip_unpack(w.codes.data(), w.scale.data(), offset, table, bits, n, k, w.matrix.group, 0, out.data(), 2);
+          record(out);
           for (size_t i = 0; i < out.size(); i++) check(near(out[i], w.weights[i], 1e-5f), "unpacked", n, k, kind);
           const std::vector<float> x = normal(size_t(rows) * k);
           gateskip_packed(w.codes.data(), w.scale.data(), offset, table, bits, n, k, w.matrix.group, x.data(), rows,
                           y.data(), scratch.data(), 2);
+          record(y);
           check(near(y.back(), product(&out[size_t(n - 1) * k], &x[size_t(rows - 1) * k], k), 1e-3f), "packed rows", n, k, kind);
         }
 }
@@ -249,6 +266,7 @@ struct Both {
     for (size_t i = 0; i < n; i++) fp32[i] = to_float(stored[i]);
   }
   void* data(bool bf16) { return bf16 ? static_cast<void*>(stored.data()) : fp32.data(); }
+  void given() const { record(fp32), record(stored); }
   float at(size_t i, bool bf16) const { return bf16 ? to_float(stored[i]) : fp32[i]; }
 };
 
@@ -264,6 +282,7 @@ void extremes() {
     std::vector<float> x{-3000, -100, -20, -1e-3f, 0, 1e-3f, 20, 3000};
     const std::vector<float> was = x;
     gateskip_activate(x.data(), nullptr, int64_t(x.size()), kind, 0, 1);
+    record(x);
     for (size_t i = 0; i < x.size(); i++) check(near(x[i], float(active(kind, was[i])), 1e-6f), "extreme", kind, int(i), 0);
   }
 }
@@ -279,6 +298,7 @@ void between_products() {
           Both inner(n);
           inner.stored = to_bf16(inner.fp32 = g);
           gateskip_activate(inner.data(bf16), gated ? up.data(bf16) : nullptr, n, kind, bf16, 2);
+          inner.given();
           for (int64_t i = 0; i < n; i++)
             check(near(inner.at(i, bf16), active(kind, g[i]) * (gated ? u[i] : 1), by), "activation", int(n), kind, bf16);
         }
@@ -290,6 +310,7 @@ void between_products() {
       std::vector<float> logits(rows);
       const Norm centered{weight.data(), shift.data(), LAYER_NORM, width, 1e-5f};
       gateskip_norm(x.data(bf16), &centered, rows, width, bf16, out.data(bf16), nullptr, 0, nullptr, 2);
+      out.given();
       float mean = 0, spread = 0;
       for (int i = 0; i < width; i++) mean += before[width + i] / width;
       for (int i = 0; i < width; i++) spread += std::pow(before[width + i] - mean, 2.0f) / width;
@@ -297,6 +318,7 @@ void between_products() {
       check(near(out.at(2 * width - 1, bf16), wanted, by), "layer norm", width, 0, bf16);
       const Norm norm{weight.data(), nullptr, width == 24 ? RMS_NORM_FP32 : RMS_NORM, width, 1e-5f};
       gateskip_norm(x.data(bf16), &norm, rows, width, bf16, out.data(bf16), gate.data(), 0.5f, logits.data(), 2);
+      out.given(), record(logits);
       const float size = std::sqrt(product(&before[width], &before[width], width) / width + 1e-5f);
       check(near(out.at(2 * width - 1, bf16), before[2 * width - 1] / size * weight[width - 1], by), "norm", width, 0, bf16);
       const int64_t places[] = {2, 0};
@@ -305,12 +327,14 @@ void between_products() {
       const int rank = 8;
       const std::vector<float> down = normal(size_t(width) * rank, 0.1f), up = normal(size_t(rank) * width, 0.1f), bias = normal(width);
       gateskip_shortcut(x.data(bf16), out.data(bf16), bf16, places, 2, width, down.data(), up.data(), bias.data(), rank, 2);
+      x.given(), out.given();
       for (int heads : {1, 3})
         for (int turned : {2, 6, 8, 10, 24}) {
           if (turned > width) continue;
           Both h(size_t(rows) * heads * width), cos(size_t(rows) * turned), sin(size_t(rows) * turned);
           const std::vector<float> was = h.fp32;
           gateskip_rotate(h.data(bf16), bf16, rows, heads, width, turned, cos.data(bf16), sin.data(bf16), 2);
+          h.given();
           const size_t last = was.size() - width, low = turned / 2 - 1, high = turned - 1, line = size_t(rows - 1) * turned;
           check(near(h.at(last + low, bf16), was[last + low] * cos.fp32[line + low] - was[last + high] * sin.fp32[line + low], by), "rotated low", width, turned, bf16);
           check(near(h.at(last + high, bf16), was[last + high] * cos.fp32[line + high] + was[last + low] * sin.fp32[line + high], by), "rotated high", width, turned, bf16);
@@ -324,6 +348,7 @@ void between_products() {
         Both scores(size_t(blocks) * rows * width);
         const int64_t slots[] = {0, 3, 7};
         gateskip_softmax(scores.data(bf16), bf16, blocks, rows, real, group, width, slots, 0, window, 0.5f, cap, 2);
+        scores.given();
         float total = 0;
         for (int t = 0; t < width; t++) total += scores.at(size_t(group) * 2 * width + t, bf16);
         check(near(total, 1, by), "softmax", width, window, bf16);
@@ -395,6 +420,8 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
     std::vector<double> spent(PARTS);
     const Step step{rows, skips, row.data(), slot.data(), states.data(), skips ? thresholds.data() : nullptr, kept.data(), spent.data()};
     gateskip_step(&m, &cache, &step, arena.get(), threads);
+    record(states), record(kept);
+    for (const auto& store : stores) record(store);
     return states;
   };
   for (int rows : {1, 3, 9, 67, 130}) {
@@ -432,6 +459,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
     DecodeRequest request{5, 6, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix, tokens.data(), nullptr, 0, nullptr, nullptr, &draft};
     slot = 4;
     gateskip_decode(&m, &cache, &step, &request, arena.get(), 3);
+    record(tokens), record(probabilities);
     check(request.count == 6 && tokens[5] >= 0 && tokens[5] < vocabulary, "draft", hidden, inner, bf16);
   }
   const int padded = (vocabulary + 7) / 8 * 8, rounds = 6;
@@ -454,6 +482,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
                        last.data(), propose, tell, drafting.cap, drawn ? logits.data() : nullptr, shares.data(), uniform.data(), results.data(), sure.data()};
       told.clear();
       gateskip_speculate(&m, &cache, &verifying, &head.matrix, &call, arena.get(), 3);
+      record(told), record(last), record(sure);
       check(told.size() == 6 && call.remaining == 0 && call.rounds <= rounds, "rounds", hidden, length, longest);
       if (plain.empty()) plain = told;
       check(drawn || told == plain, "speculation", hidden, length, longest);
@@ -472,6 +501,7 @@ void attention() {
                     capacity * width, capacity, used, packed.data(), 2);
       const int64_t slots[] = {0, 7, 63, 2, 40}, counts[] = {3, 2};
       gateskip_attend(queries.stored.data(), slots, counts, rows, heads, kv_heads, width, 0, 0.2f, heads == 3 ? 1.5f : 0.0f, used, packed.data(), out.data(), 2);
+      record(packed), record(out);
       for (int d = 0; d < width; d++) check(near(to_float(out[d]), values.fp32[d], 0.01f), "first token", width, heads, d);
     }
 }
@@ -486,6 +516,7 @@ void rounding() {
       std::vector<uint8_t> codes(left.size());
       const GroupSteps steps{scale.data(), inverse.data(), lowest.data(), n, group, 0, 15, 3};
       gateskip_round_columns(&steps, unit.data(), left.data(), codes.data(), errors.data());
+      record(codes), record(errors);
       for (size_t i = 0; i < left.size(); i++)
         check(codes[i] == i % 16 && near(errors[i], 0.1f, 1e-5f), "nearest code", n, group, int(i));
       // independent columns, which are wanted at what they lost: each gets its weight's nearest code
@@ -500,6 +531,7 @@ void rounding() {
         const DescentBlock down{ones.data(), lost.data(), fixed ? zeros.data() : nullptr, lost.data(), chosen.data(),
                                 lines.data(), lowest_of.data(), n, block, group, 4, 0, 3};
         gateskip_descend_block(&down);
+        record(chosen), record(lines), record(lowest_of);
         for (size_t i = 0; i < lost.size(); i++) {
           const size_t line = i / n / group * n + i % n;
           const float value = lines[line] * chosen[i] + lowest_of[line];
@@ -512,6 +544,7 @@ void rounding() {
         const RangeSearch search{left.data(), important.data(), cuts, codes.data(), lines.data(), lowest_of.data(),
                                  1, n, 0, n, group, group, 8, offset, 2, 3};
         gateskip_search_ranges(&search);
+        record(codes), record(lines), record(lowest_of);
         for (int row = 0; row < n; row++)
           for (int i = 0; i < group; i++) {
             const float low = offset == OFFSET_NONE ? -128 * lines[row] : lowest_of[row];
@@ -541,6 +574,6 @@ int main() {
         }
     attention();
   }
-  std::printf("%d checks, %d failed\n", checks, failures);
+  std::printf("%d checks, %d failed, outputs %016llx\n", checks, failures, static_cast<unsigned long long>(digest));
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;
 }
