@@ -73,6 +73,14 @@ def is_gated(folder: Path) -> bool:
     return (folder / GATES).is_file()
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the folder's tokenizer has a template for chats."""
+    if any(folder.glob("chat_template*")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
 def dtype_of(folder: Path) -> str:
     """The type that the folder's config states for its floating-point weights."""
     config = require_model(folder)

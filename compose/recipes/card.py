@@ -9,6 +9,7 @@ from pathlib import Path
 
 from compose.analysis.metrics import METRICS, gain, interval_of, metric_of, task_retained
 from compose.analysis.recommend import sentence
+from compose.artifacts.folder import has_chat_template
 from compose.numbers import PLAIN, metric_text
 from compose.recipes.compress import Compressed
 from compose.recipes.recipe import gguf_beside, vllm_beside
@@ -113,7 +114,9 @@ def _next(done: Compressed) -> tuple[tuple[str, str], ...]:
     vllm = _word(done.compressed_tensors or vllm_beside(done.folder))
     export = f"gateskip export {folder} --format"
     return (
-        (f"gateskip chat {folder}", "chat with the model"),
+        (f"gateskip chat {folder}", "chat with the model")
+        if has_chat_template(done.folder)
+        else (f'gateskip generate {folder} "Once upon a time"', "continue a text"),
         (f"gateskip serve {folder}", "serve the model over HTTP"),
         (f"gateskip bench {folder}", "measure the speed of the model on this machine"),
         (f"llama-cli -m {file}", "run the model in llama.cpp")

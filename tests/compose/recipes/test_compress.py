@@ -89,8 +89,13 @@ def test_without_bounds_a_shown_loss_is_not_exported(results: Results) -> None:
     assert choose(only, request(bits=3)).name == "int3"
 
 
-def test_the_card_has_numbers_answers_and_next_commands(results: Results) -> None:
+def test_the_card_has_numbers_answers_and_next_commands(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = Path("exports/my x")
+    folder.mkdir(parents=True)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     done = Compressed(folder, "int4", results, Path("runs/compress-x"), gguf=Path("exports/x.gguf"))
     card = card_of(done)
     lines = {
@@ -109,6 +114,10 @@ def test_the_card_has_numbers_answers_and_next_commands(results: Results) -> Non
     text = stream.getvalue()
     assert "before: Paris, says dense." in text
     assert "after:  Paris, says int4." in text
+    (folder / "chat_template.jinja").unlink()
+    commands = [command for command, _ in card_of(done).next]
+    assert "gateskip chat 'exports/my x'" not in commands, "chat refuses a model without a template"
+    assert "gateskip generate 'exports/my x' \"Once upon a time\"" in commands
 
 
 def test_names_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_tiny: Any) -> None:
