@@ -4,6 +4,7 @@
 #   make test-slow     the slow ones: the real model, all chains, killed runs, other engines
 #   make check         format, lint, types, imports
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make arm           the compiled kernels over odd sizes on three kinds of Arm processors, emulated
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (20 minutes)
@@ -27,7 +28,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow check sanitize fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
+.PHONY: help quickstart test test-slow check sanitize arm fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -83,6 +84,19 @@ sanitize:
 	$(CXX) -std=c++17 -O1 -g -march=native -ffp-contract=off -fopenmp -fsanitize=address,undefined \
 	  -fno-sanitize-recover=all -I$(KERNELS) tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp $(KERNELS)/*/*.cpp -o build/odd_sizes
 	ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=0 build/odd_sizes
+
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user, and nothing of Python. What the kernels gave stays in build/arm, a file for
+# each kind: without products of bytes, with those of signed ones, and with bytes of both kinds and bfloat16.
+ARM_CXX ?= aarch64-linux-gnu-g++
+QEMU    ?= qemu-aarch64
+arm:
+	mkdir -p build/arm
+	set -e; for kind in armv8-a/cortex-a72 armv8.2-a+dotprod/neoverse-n1 armv8.2-a+dotprod+i8mm+bf16/max; do \
+	  level=$$(dirname $$kind); \
+	  $(ARM_CXX) -std=c++17 -O2 -march=$$level -ffp-contract=off -fopenmp -static -I$(KERNELS) \
+	    tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp $(KERNELS)/*/*.cpp -o build/arm/$$level; \
+	  $(QEMU) -cpu $$(basename $$kind) build/arm/$$level build/arm/$$level.outputs; \
+	done
 
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev
