@@ -15,6 +15,11 @@
 #include "checks.h"
 #include "reference.h"
 
+// Absent where gateskip_prefill_units() is NO_UNITS
+#pragma weak gateskip_prefill_products
+#pragma weak gateskip_pack
+#pragma weak gateskip_attend
+
 namespace {
 
 using reference::Row;
