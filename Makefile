@@ -5,6 +5,7 @@
 #   make check         format, lint, types, imports
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make wheels        a wheel for Linux on x86-64 with compiled kernels, and the source distribution, in dist
+#   make arm           the compiled kernels over odd sizes on three kinds of Arm processors, emulated
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (20 minutes)
@@ -28,7 +29,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow check sanitize wheels fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
+.PHONY: help quickstart test test-slow check sanitize arm wheels fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -91,6 +92,19 @@ wheels: $(VENV)/.dev
 	GATESKIP_PREBUILT=1 $(BIN)/python -m build --outdir build/wheels
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheels/*.whl
 	cp build/wheels/*.tar.gz dist
+
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user, and nothing of Python. What the kernels gave stays in build/arm, a file for
+# each kind: without products of bytes, with those of signed ones, and with bytes of both kinds and bfloat16.
+ARM_CXX ?= aarch64-linux-gnu-g++
+QEMU    ?= qemu-aarch64
+arm:
+	mkdir -p build/arm
+	set -e; for kind in armv8-a/cortex-a72 armv8.2-a+dotprod/neoverse-n1 armv8.2-a+dotprod+i8mm+bf16/max; do \
+	  level=$$(dirname $$kind); \
+	  $(ARM_CXX) -std=c++17 -O2 -march=$$level -ffp-contract=off -fopenmp -static -I$(KERNELS) \
+	    tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp $(KERNELS)/*/*.cpp -o build/arm/$$level; \
+	  $(QEMU) -cpu $$(basename $$kind) build/arm/$$level build/arm/$$level.outputs; \
+	done
 
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -22,16 +23,18 @@ from typing import Any
 from gateskip.kernels import abi, prebuilt
 
 FOLDER = Path(__file__).parent / "src"
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-    "-std=c++17",
-    "-Wl,-z,now",
-)
+OPENMP = "-fopenmp"
+
+
+def flags_for(system: str, machine: str) -> tuple[str, ...]:
+    """What compilers are called with, by the names that `platform` gives a system and its
+    processors: on Arm, clang takes -mcpu alone."""
+    native = "-mcpu=native" if machine in ("aarch64", "arm64") else "-march=native"
+    options = ("-O3", native, "-ffp-contract=off", OPENMP, "-fPIC", "-shared", "-std=c++17")
+    return options if system == "Darwin" else (*options, "-Wl,-z,now")
+
+
+FLAGS = flags_for(platform.system(), platform.machine())
 COMPILERS = ("g++", "clang++", "c++")
 ERROR_LINES = 6  # of a compiler's, that `problem` shows
 _TURNED_OFF = "turned off by GATESKIP_NATIVE=0"
@@ -180,6 +183,9 @@ def compile_kernels(
         compiled = Path(folder) / "kernels.so"
         command = [tool, *flags, *map(str, sources), "-o", str(compiled)]
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if ended.returncode and platform.system() == "Darwin":
+            command.remove(OPENMP)  # Apple's clang has none: one thread
+            ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if ended.returncode:
             lines = ended.stderr.strip().splitlines()[:ERROR_LINES]
             return "\n".join(lines) or f"exit status {ended.returncode}"
@@ -190,13 +196,12 @@ def compile_kernels(
 
 
 def processor() -> bytes:
-    """The properties of the processor on which -march=native depends, so that a cache on a shared
-    home fits each machine."""
+    """The properties of the processor on which FLAGS depend, so that a cache on a shared home fits
+    each machine."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        import platform
-
         return platform.processor().encode()
-    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
-    return "\n".join(lines[:2]).encode()
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    first = text.split("\n\n", 1)[0]
+    return "\n".join(line for line in first.splitlines() if line.startswith(names)).encode()

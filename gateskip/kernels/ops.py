@@ -1,7 +1,8 @@
 """The compiled kernels as typed functions of tensors, one for each function of src/api.h.
 
 Tensors are on the CPU and contiguous, unless a function says otherwise; shapes are as in the
-header. Each function needs `build.library()`, and those from `step` on a processor with AVX2.
+header. Each function needs `build.library()`, and those from `step` on a processor with AVX2 or
+NEON.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Engine:
     ) -> None:
         """Raises UnsupportedModel when the kernels cannot run this model here."""
         if not ops.has_decoder():
-            raise UnsupportedModel(build.problem() or "the processor has no AVX2")
+            raise UnsupportedModel(build.problem() or "the processor has neither AVX2 nor NEON")
         self.parts = Descriptors(model, gates, rounded)
         self.rounded, self.model = self.parts.rounded, self.parts.model
         self.head = self.parts.head

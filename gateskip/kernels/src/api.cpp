@@ -34,7 +34,7 @@ int64_t gateskip_struct_size(const char* name) {
 }
 
 int32_t gateskip_has_decoder(void) {
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
   return 1;
 #else
   return 0;

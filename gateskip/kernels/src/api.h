@@ -5,7 +5,7 @@
  *   decode/   whole tokens: speculate -> decode, argmax -> pass -> attention -> int8_cache; sampling
  *   prefill/  branches of a prompt: branch -> products, attention, rows; products -> amx -> int8, panels
  *   linear/   weights times rows: layers, share -> matvec, int8; rounding
- *   simd/     one processor: amx, rows, code_vectors -> codes -> memory, team, vectors
+ *   simd/     one processor: amx, rows, code_vectors -> codes -> memory, team, vectors -> neon, avx512 -> avx; target
  *   api.h     this file
  *
  * The C++ files include this header, so that a definition which differs does not compile. Python reads it, too:
@@ -379,7 +379,7 @@ typedef struct Arena Arena;
 int32_t gateskip_abi_version(void);
 /* sizeof a structure of this header; -1 for another name */
 int64_t gateskip_struct_size(const char* name);
-/* whether it has what follows `gateskip_embed` below, less rounding: it needs AVX2 */
+/* whether it has what follows `gateskip_embed` below, less rounding: it needs AVX2 or NEON */
 int32_t gateskip_has_decoder(void);
 Arena* gateskip_arena_new(void);
 void gateskip_arena_free(Arena* arena);

@@ -95,7 +95,7 @@ def test_a_library_has_every_function_of_the_header() -> None:
     """Less those that need AVX-512 with VNNI, where the processor has none."""
     library = build.library()
     if not library.gateskip_has_decoder():
-        pytest.skip("linear layers alone: the processor has no AVX2")
+        pytest.skip("linear layers alone: the processor has neither AVX2 nor NEON")
     absent = {name for name in abi.read_header().functions if not hasattr(library, name)}
     assert absent == (set() if library.gateskip_prefill_units() else OF_WIDE_VECTORS)
 
@@ -197,6 +197,34 @@ def test_the_next_compiler_is_tried(
     monkeypatch.setattr(build, "COMPILERS", (broken,))
     with pytest.raises(build.BuildError, match=r"clang\+\+: 'omp.h' file not found"):
         build.build()
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "native", "linked"),
+    [
+        ("Linux", "x86_64", "-march=native", True),
+        ("Linux", "aarch64", "-mcpu=native", True),
+        ("Darwin", "x86_64", "-march=native", False),
+        ("Darwin", "arm64", "-mcpu=native", False),
+    ],
+)
+def test_flags_fit_the_machine(system: str, machine: str, native: str, linked: bool) -> None:
+    flags = build.flags_for(system, machine)
+    assert native in flags and ("-Wl,-z,now" in flags) == linked
+    assert len([flag for flag in flags if flag.endswith("=native")]) == 1
+
+
+@pytest.mark.parametrize(("system", "compiles"), [("Darwin", True), ("Linux", False)])
+def test_on_macos_a_compiler_may_lack_openmp(
+    system: str, compiles: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lacks = 'for word; do [ "$word" = -fopenmp ] && { echo "no OpenMP" >&2; exit 1; }; done; '
+    tool = compiler(
+        tmp_path, "clang++", lacks + 'while [ "$1" != -o ]; do shift; done; echo > "$2"'
+    )
+    monkeypatch.setattr(build.platform, "system", lambda: system)
+    error = build.compile_kernels(tool, [tmp_path / "any.cpp"], tmp_path / "kernels" / "kernels.so")
+    assert error == (None if compiles else "no OpenMP")
 
 
 def test_no_compiler_and_kernels_turned_off_are_said(

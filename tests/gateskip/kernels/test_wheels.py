@@ -338,5 +338,6 @@ def test_a_level_gives_the_bits_of_a_local_build(
         ).stdout
         for name in ("local", "wheel")
     ]
-    assert re.fullmatch(r"\d+ checks, 0 failed, outputs [0-9a-f]{16}\n", outputs[0])
+    line = r"\d+ kernel cases, \d+ checks, 0 failed, outputs [0-9a-f]{16}\n"
+    assert re.fullmatch(line, outputs[0])
     assert outputs[0] == outputs[1]

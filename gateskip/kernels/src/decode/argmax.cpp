@@ -1,7 +1,7 @@
 // The token of the largest logit after each of a few rows in one call: embeddings, the pass, the LM head and the argmax.
 #include "pass.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 
 namespace {
 

@@ -6,7 +6,7 @@
 #include "../simd/team.h"
 #include "int8_cache.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 #include <type_traits>
 
 namespace {
@@ -14,15 +14,6 @@ namespace {
 void put(const float* from, float* to, int n) { std::memcpy(to, from, sizeof(float) * n); }
 void put(const float* from, uint16_t* to, int n) {
   for (int i = 0; i < n; i++) to[i] = float_to_bf16(from[i]);
-}
-
-// y[i] = sum(v[i]) for four vectors, in the same order and so to the same bits
-void sum_four(const F32X8* v, float* y) {
-  __m128 part[4];
-  for (int i = 0; i < 4; i++)
-    part[i] = _mm_add_ps(_mm256_castps256_ps128((__m256)v[i]), _mm256_extractf128_ps((__m256)v[i], 1));
-  _MM_TRANSPOSE4_PS(part[0], part[1], part[2], part[3]);
-  _mm_storeu_ps(y, _mm_add_ps(_mm_add_ps(part[0], part[2]), _mm_add_ps(part[1], part[3])));
 }
 
 template <int count>

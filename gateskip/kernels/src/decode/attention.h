@@ -2,7 +2,7 @@
 #pragma once
 #include "../simd/memory.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 constexpr int HEADS_PER_PASS = 4;                  // queries that share one pass over the keys and values
 constexpr int SLOTS_PER_PART = 512;                // of a row, whose scores stay in the first cache
 constexpr int SCORE_STRIDE = SLOTS_PER_PART + 16;  // from one head's scores to the next one's

@@ -3,7 +3,7 @@
 
 #include "../simd/rows.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 
 namespace {
 

@@ -4,18 +4,17 @@
 #include "../simd/memory.h"
 #include "../simd/vectors.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 // Whole numbers up to 127 either way, around `zero`, that times what is returned are about the numbers given; n is a
 // multiple of 8
 template <class Byte>
 float to_bytes(const float* from, int n, int zero, Byte* to) {
   F32X8 sizes = {};
-  for (int i = 0; i < n; i += 8)
-    sizes = (F32X8)_mm256_max_ps((__m256)sizes, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)load(from + i)));
+  for (int i = 0; i < n; i += 8) sizes = larger(sizes, absolute(load(from + i)));
   const float highest = largest(sizes);
   const F32X8 inverse = broadcast(highest > 0 ? 127.0f / highest : 0.0f);
   for (int i = 0; i < n; i += 8) {
-    const I32X8 codes = (I32X8)_mm256_cvtps_epi32((__m256)(load(from + i) * inverse));
+    const I32X8 codes = (I32X8)to_whole(load(from + i) * inverse);
     for (int j = 0; j < 8; j++) to[i + j] = Byte(codes[j] + zero);
   }
   return highest / 127.0f;

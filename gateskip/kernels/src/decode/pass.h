@@ -3,7 +3,7 @@
 #include "../linear/share.h"
 #include "attention.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 
 // Whether something holds for any layer
 template <class Question>

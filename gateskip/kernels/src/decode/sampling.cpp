@@ -1,7 +1,7 @@
 // A token drawn from logits: temperature, top-k, top-p and min-p, as transformers' warpers do it one after the other.
 #include "../simd/vectors.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 #include <functional>
 #include <queue>
 #include <vector>
@@ -18,7 +18,7 @@ double sum_from(const float* shares, int n, float threshold) {
     F32X8 part = {};
     for (int i = first; i < std::min(n, first + SHARES_PER_SUM); i += 8) {
       const F32X8 share = load(shares + i);
-      part += (F32X8)_mm256_and_ps((__m256)share, _mm256_cmp_ps((__m256)share, (__m256)limit, _CMP_GE_OQ));
+      part += where_at_least(share, limit, share);
     }
     total += sum(part);
   }
@@ -119,8 +119,7 @@ void gateskip_distribution(const float* logits, int32_t n, const Sampling* how, 
   const F32X8 limit = broadcast(threshold), factor = broadcast(float(1 / sum_from(shares, n, threshold)));
   for (int i = 0; i < n; i += 8) {
     const F32X8 share = load(shares + i);
-    const __m256 enough = _mm256_cmp_ps((__m256)share, (__m256)limit, _CMP_GE_OQ);
-    store(shares + i, (F32X8)_mm256_and_ps((__m256)(share * factor), enough));
+    store(shares + i, where_at_least(share, limit, share * factor));
   }
 }
 

@@ -2,9 +2,8 @@
 #include "../linear/share.h"
 #include "../simd/rows.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 #include <algorithm>
-#include <omp.h>
 #include <vector>
 
 namespace {

@@ -10,7 +10,7 @@
 #include "../simd/code_vectors.h"
 #include "../simd/memory.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 constexpr float OUTLYING = 8;  // times the root mean square of its row is a value that stands out
 constexpr float FINER = 254;   // steps of the second part in one of the first
 
@@ -54,34 +54,17 @@ static inline float outlying_square(const T* x, int k) {
   return OUTLYING * OUTLYING * sum_of_squares(x, k) / float(k);
 }
 
-// A block's whole numbers as bytes; what they add up to
-static inline int as_bytes(const __m256i (&part)[4], int8_t* to) {
-  const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]),
-                                           _mm256_packs_epi32(part[2], part[3]));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works half by half
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(words, order));
-  const I32X8 added = (I32X8)part[0] + (I32X8)part[1] + (I32X8)part[2] + (I32X8)part[3];
-  int total = 0;
-  for (int i = 0; i < 8; i++) total += added[i];
-  return total;
-}
-
 // A row x [k]. Codes are `zero` larger than what they stand for: `correction` takes it off a block's products.
 static inline void round_to_int8(const float* x, int k, int group, int zero, const Activations8& to) {
   const float outlying = outlying_square(x, k);
   std::fill_n(to.sums, k / group, 0.0f);
   for (int b = 0; b < k / BLOCK; b++, x += BLOCK) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 most = _mm256_setzero_ps();
-    for (int i = 0; i < BLOCK; i += 8)
-      most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    const float largest = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    F32X8 sizes = {};
+    for (int i = 0; i < BLOCK; i += 8) sizes = larger(sizes, absolute(load(x + i)));
+    const float largest = largest_size(sizes);
     const float inverse = largest > 0 ? 127.0f / largest : 0.0f, scale = largest / 127.0f;
-    __m256i part[4];
-    for (int i = 0; i < 4; i++)
-      part[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(inverse)));
+    Whole part[4];
+    for (int i = 0; i < 4; i++) part[i] = to_whole(load(x + 8 * i) * broadcast(inverse));
     auto keep = [&](int of, float step, int total) {
       to.scale[of][b] = step, to.correction[of][b] = -zero * total;
       to.sums[b * BLOCK / group] += step * float(total);
@@ -93,8 +76,8 @@ static inline void round_to_int8(const float* x, int k, int group, int zero, con
       continue;
     }
     for (int i = 0; i < 4; i++) {
-      const F32X8 lost = fma((F32X8)_mm256_cvtepi32_ps(part[i]), broadcast(-scale), load(x + 8 * i));
-      part[i] = _mm256_cvtps_epi32((__m256)(lost * broadcast(inverse * FINER)));
+      const F32X8 lost = fma(to_floats(part[i]), broadcast(-scale), load(x + 8 * i));
+      part[i] = to_whole(lost * broadcast(inverse * FINER));
     }
     keep(1, scale / FINER, as_bytes(part, to.values[1] + b * BLOCK));
     to.stands_out[b] = 1;
@@ -117,7 +100,7 @@ static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, i
                            float (*y)[ROWS_PER_TILE]) {
   constexpr int bits = bits_of(coding);
   const int groups = w.k / w.group, blocks = w.k / BLOCK, in_group = w.group / BLOCK;
-  const __m128i table = coding == TABLE ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)) : __m128i{};
+  const TableV table = coding == TABLE ? load_table_v(w.table) : TableV{};
   for (int half = 0; half < ROWS_PER_TILE; half += SIMD_WIDTH) {
     const uint8_t* codes_of_tile = w.weights + int64_t(tile) * blocks * (bits * VECTOR_BYTES) + half * 4;
     const int64_t scales_of_tile = int64_t(tile) * groups * ROWS_PER_TILE + half;

@@ -26,22 +26,27 @@ static void dense_row(const float* w, const float* x, int k, float* y, int64_t s
   }
 }
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 // y [rows]: a row of bfloat16 weights w [k] times x [rows, k], for any k. What lies `ahead` bytes on is asked for.
 template <int rows>
 static void bf16_row(const uint16_t* w, const Bf16Activation* x, int k, int64_t ahead, float* y) {
+#ifdef GATESKIP_BF16
+  if constexpr (rows > ROWS_OF_PAIRS) {
+    bf16_row<ROWS_OF_PAIRS>(w, x, k, ahead, y);
+    return bf16_row<rows - ROWS_OF_PAIRS>(w, x + int64_t(ROWS_OF_PAIRS) * k, k, ahead, y + ROWS_OF_PAIRS);
+  }
+#endif
   int b = 0;
   F32X8 total[rows] = {};
 #ifdef GATESKIP_BF16
-  __m512 even[rows], odd[rows];  // sums that do not wait for each other
+  PairSums even[rows], odd[rows];  // that do not wait for each other
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; r++) even[r] = odd[r] = _mm512_setzero_ps();
-  auto take = [&](int at, __m512* into) {
+  for (int r = 0; r < rows; r++) even[r] = odd[r] = no_pairs();
+  auto take = [&](int at, PairSums* into) {
     prefetch(w + at, ahead);
-    const __m512bh a = (__m512bh)_mm512_loadu_si512(w + at);
+    const Pairs a = load_pairs(w + at);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-      into[r] = _mm512_dpbf16_ps(into[r], a, (__m512bh)_mm512_loadu_si512(x + int64_t(r) * k + at));
+    for (int r = 0; r < rows; r++) into[r] = add_pairs(into[r], a, load_pairs(x + int64_t(r) * k + at));
   };
   for (; b + 64 <= k; b += 64) {
     take(b, even);
@@ -49,10 +54,7 @@ static void bf16_row(const uint16_t* w, const Bf16Activation* x, int k, int64_t 
   }
   for (; b + 32 <= k; b += 32) take(b, even);
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; r++) {
-    const __m512 both = _mm512_add_ps(even[r], odd[r]);
-    total[r] = (F32X8)_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
-  }
+  for (int r = 0; r < rows; r++) total[r] = in_eight(even[r], odd[r]);
 #endif
   for (; b + 8 <= k; b += 8) {
     const F32X8 a = load(w + b);

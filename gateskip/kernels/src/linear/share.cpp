@@ -1,7 +1,7 @@
 // Matrix products of every kind of weight, shared out among threads.
 #include "share.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 
 namespace {
 
@@ -11,8 +11,12 @@ int groups_of(const Matrix& w) { return w.k / std::max(1, w.group); }
 void as_activations(const float* x, int k, Bf16Activation* to) {
 #ifdef GATESKIP_BF16
   int i = 0;
+#ifdef GATESKIP_WIDE
   for (; i + 32 <= k; i += 32)
     _mm512_storeu_si512(to + i, to_bf16(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16)));
+#else
+  for (; i + 8 <= k; i += 8) store(to + i, load(x + i));
+#endif
   for (; i < k; i++) to[i] = float_to_bf16(x[i]);
 #else
   std::copy_n(x, k, to);

@@ -5,8 +5,7 @@
 #include "int8.h"
 #include "matvec.h"
 
-#ifdef __AVX2__
-#include <omp.h>
+#ifdef GATESKIP_SIMD
 #include <utility>
 
 constexpr int ROWS_PER_WEIGHT = 8;  // rows of activations that meet a weight at a time

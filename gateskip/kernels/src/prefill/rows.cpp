@@ -2,7 +2,7 @@
 #include "../simd/memory.h"
 #include "../simd/rows.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 #include <vector>
 
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 #include "codes.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 constexpr bool whole_bytes(Coding coding) { return coding == TABLE || coding == BITS8; }
 
 #ifdef __GFNI__
@@ -28,7 +28,9 @@ static inline IntV move_v(IntV v, uint64_t matrix) {
   return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(int64_t(matrix)), 0);
 }
 #endif
-static inline IntV look_up_v(IntV codes, __m128i table) {
+typedef __m128i TableV;  // of 16 bytes
+static inline TableV load_table_v(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+static inline IntV look_up_v(IntV codes, TableV table) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
 }
 static inline FloatV to_floats_v(IntV v) { return _mm512_cvtepi32_ps(v); }
@@ -45,7 +47,7 @@ static inline IntV dot_bytes(IntV sum, IntV w, IntV x) {
 }
 // What dot_bytes takes off every code
 constexpr int taken_off(Coding) { return 0; }
-#else
+#elif defined(__AVX2__)
 typedef __m256 FloatV;
 typedef __m256i IntV;
 typedef uint16_t WordsV __attribute__((vector_size(32)));
@@ -60,7 +62,9 @@ static inline IntV move_v(IntV v, uint64_t matrix) {
   return _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(int64_t(matrix)), 0);
 }
 #endif
-static inline IntV look_up_v(IntV codes, __m128i table) {
+typedef __m128i TableV;  // of 16 bytes
+static inline TableV load_table_v(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+static inline IntV look_up_v(IntV codes, TableV table) {
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
 }
 static inline FloatV to_floats_v(IntV v) { return _mm256_cvtepi32_ps(v); }
@@ -80,9 +84,64 @@ static inline IntV dot_bytes(IntV sum, IntV w, IntV x) {
 }
 // What dot_bytes takes off every code
 constexpr int taken_off(Coding coding) { return whole_bytes(coding) ? 128 : 0; }
+#else
+typedef F32X8 FloatV;
+typedef I32X8 IntV;
+static inline FloatV zero_v() { return broadcast(0); }
+static inline IntV repeat_v(int32_t v) { return {vdupq_n_s32(v), vdupq_n_s32(v)}; }
+static inline FloatV repeat_v(float v) { return broadcast(v); }
+static inline IntV load_bytes_v(const uint8_t* p) { return load_ints(p); }
+static inline IntV or_v(IntV a, IntV b) { return a | b; }
+typedef uint8x16_t TableV;
+static inline TableV load_table_v(const uint8_t* p) { return vld1q_u8(p); }
+static inline IntV look_up_v(IntV codes, TableV table) {
+  return in_halves(codes, [&](uint8x16_t half) { return vqtbl1q_u8(table, half); });
+}
+static inline FloatV to_floats_v(IntV v) { return to_floats(v); }
+static inline FloatV multiply_v(FloatV a, FloatV b) { return a * b; }
+static inline FloatV fma_v(FloatV a, FloatV b, FloatV c) { return fma(a, b, c); }
+static inline void store_v(float* p, FloatV v) { store(p, v); }
+static inline FloatV load_bf16_v(const uint16_t* p) { return load(p); }
+// Instructions for bytes of both kinds, for signed ones, or neither
+template <Coding coding>
+static inline int32x4_t dot_bytes(int32x4_t sum, uint8x16_t w, int8x16_t x) {
+#ifdef __ARM_FEATURE_MATMUL_INT8
+  return vusdotq_s32(sum, w, x);
+#else
+  const int8x16_t codes = vreinterpretq_s8_u8(whole_bytes(coding) ? veorq_u8(w, vdupq_n_u8(128)) : w);  // w - 128
+#ifdef __ARM_FEATURE_DOTPROD
+  return vdotq_s32(sum, codes, x);
+#else
+  // Two products fit 16 bits, x being no less than -127
+  const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(x)), high = vmull_high_s8(codes, x);
+  return vpadalq_s16(sum, vpaddq_s16(low, high));
+#endif
+#endif
+}
+template <Coding coding>
+static inline IntV dot_bytes(IntV sum, IntV w, IntV x) {
+  return {dot_bytes<coding>(sum.low, vreinterpretq_u8_s32(w.low), vreinterpretq_s8_s32(x.low)),
+          dot_bytes<coding>(sum.high, vreinterpretq_u8_s32(w.high), vreinterpretq_s8_s32(x.high))};
+}
+// What dot_bytes takes off every code
+#ifdef __ARM_FEATURE_MATMUL_INT8
+constexpr int taken_off(Coding) { return 0; }
+#else
+constexpr int taken_off(Coding coding) { return whole_bytes(coding) ? 128 : 0; }
+#endif
 #endif
 
 // Bits of every byte, moved and the others cleared: one instruction where the processor has one for it
+#ifdef GATESKIP_NEON
+static inline IntV take_v(IntV v, Piece p) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  const bool alone = p.to == 0 && p.shift + p.count == 8;  // moving clears the others
+  return in_halves(v, [&](uint8x16_t half) {
+    const uint8x16_t there = (uint8x16_t)moved((Bytes)half, p.shift - p.to);
+    return alone ? there : vandq_u8(there, vdupq_n_u8(uint8_t(((1 << p.count) - 1) << p.to)));
+  });
+}
+#else
 static inline IntV take_v(IntV v, Piece p) {
   if (p.shift == p.to) return mask_v(v, ((1 << p.count) - 1) << p.to);
 #ifdef __GFNI__
@@ -91,6 +150,7 @@ static inline IntV take_v(IntV v, Piece p) {
   return mask_v((IntV)moved((WordsV)v, p.shift - p.to), ((1 << p.count) - 1) << p.to);
 #endif
 }
+#endif
 
 // The codes of four i, from the vectors of its block
 template <Coding coding>

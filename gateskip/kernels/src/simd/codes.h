@@ -106,11 +106,7 @@ static inline uint32_t four_at(const uint8_t* row, int i) {
 // Codes of eight columns of one row: those of fours i and i + 1
 template <Coding coding>
 static inline I32X8 eight_at(const uint8_t* row, int i) {
-  typedef uint8_t U8X8 __attribute__((vector_size(8)));
-  const uint64_t bytes = four_at<coding>(row, i) | uint64_t(four_at<coding>(row, i + 1)) << 32;
-  U8X8 codes;
-  std::memcpy(&codes, &bytes, sizeof codes);
-  return __builtin_convertvector(codes, I32X8);
+  return ints_of(four_at<coding>(row, i) | uint64_t(four_at<coding>(row, i + 1)) << 32);
 }
 
 // Codes of eight rows: a column of four i, which lies in the lowest bytes of a block's vectors
@@ -118,12 +114,6 @@ template <Coding coding>
 static inline I32X8 codes_of(const I32X8* vectors, int i) {
   auto take = [&](Piece p) { return moved(vectors[p.vector], p.shift - p.to) & (((1 << p.count) - 1) << p.to); };
   return in_two_pieces(coding, i) ? take(piece(coding, i)) | take(rest(coding, i)) : take(piece(coding, i));
-}
-
-static inline I32X8 load_ints(const uint8_t* p) {
-  I32X8 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
 }
 
 // The 16 values a code can stand for, as two vectors
@@ -134,8 +124,10 @@ struct Table16 {
 // What codes stand for: a table's entries, or the codes less half of their range
 template <Coding coding>
 static inline F32X8 values_of(I32X8 code, const Table16& table) {
-  if (coding != TABLE) return __builtin_convertvector(code - (1 << (bits_of(coding) - 1)), F32X8);
-#ifdef __clang__
+  if (coding != TABLE) return to_floats(code - (1 << (bits_of(coding) - 1)));
+#if defined(GATESKIP_NEON)
+  return look_up(table.low, table.high, code);
+#elif defined(__clang__)
   F32X8 out;
   for (int i = 0; i < 8; i++) out[i] = code[i] < 8 ? table.low[code[i]] : table.high[code[i] - 8];
   return out;

@@ -2,10 +2,9 @@
 #pragma once
 #include <cstddef>
 #include <new>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+
 #include "../api.h"
+#include "target.h"
 
 // Memory that calls use again: a pass asks for megabytes, and what the system gives anew has to be cleared first.
 struct Arena {
@@ -41,18 +40,25 @@ struct Slices {
   }
 };
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 constexpr int AHEAD = 8192;  // bytes: what the processor fetches ahead by itself ends with a page of 4 KiB
 
-// What is read next is asked for ahead of time: two cores read memory faster than they ask for it.
-static inline void prefetch(const void* here, int64_t ahead) {
-  _mm_prefetch(static_cast<const char*>(here) + ahead, _MM_HINT_T0);
+// Ask for a cache line
+static inline void ask_for(const char* p) {
+#ifdef GATESKIP_NEON
+  __builtin_prefetch(p, 0, 3);
+#else
+  _mm_prefetch(p, _MM_HINT_T0);
+#endif
 }
+
+// What is read next is asked for ahead of time: two cores read memory faster than they ask for it.
+static inline void prefetch(const void* here, int64_t ahead) { ask_for(static_cast<const char*>(here) + ahead); }
 
 // Fetch what a stream of keys or values will reach soon, as much of it as `count` numbers at p are
 template <class T>
 static inline void fetch_ahead(const T* p, int count) {
   const char* begin = reinterpret_cast<const char*>(p) + AHEAD;
-  for (int i = 0; i < count * int(sizeof(T)); i += 64) _mm_prefetch(begin + i, _MM_HINT_T0);
+  for (int i = 0; i < count * int(sizeof(T)); i += 64) ask_for(begin + i);
 }
 #endif

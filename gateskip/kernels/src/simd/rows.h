@@ -2,7 +2,7 @@
 #pragma once
 #include "vectors.h"
 
-#ifdef __AVX2__
+#ifdef GATESKIP_SIMD
 #include <type_traits>
 
 constexpr float LARGEST_EXPONENT = 88.0f;  // of exp_of
@@ -65,7 +65,7 @@ static inline typename Lanes::V capped(typename Lanes::V x, float cap) {
   return Lanes::times(Lanes::all(cap), Lanes::plus(Lanes::all(1.0f), below));
 }
 
-static inline F32X8 capped(F32X8 x, float cap) { return (F32X8)capped<Eight>((__m256)x, cap); }
+static inline F32X8 capped(F32X8 x, float cap) { return (F32X8)capped<Eight>((Eight::V)x, cap); }
 
 // -- norms -----------------------------------------------------------------------------------------
 

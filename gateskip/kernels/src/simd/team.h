@@ -6,13 +6,27 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <immintrin.h>
+
+#include "target.h"
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#include <chrono>
+#endif
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
 #include <thread>
+#endif
+
+#ifndef _OPENMP  // one thread, where the compiler has none
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+inline double omp_get_wtime() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 #endif
 
 class Team {
@@ -28,7 +42,7 @@ class Team {
     }
     for (int i = 0; i < SPINS; i++) {
       if (turn_.load(std::memory_order_acquire) != turn) return;
-      _mm_pause();
+      relax();
     }
     asleep_.fetch_add(1);
     while (turn_.load() == turn) sleep(turn);
@@ -37,6 +51,15 @@ class Team {
 
  private:
   static constexpr int SPINS = 1000;  // about 40 us
+
+  // Leave the core to its other threads for a moment
+  static void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(GATESKIP_NEON)
+    asm volatile("isb" ::: "memory");  // `yield` returns at once on most cores
+#endif
+  }
 
 #ifdef __linux__
   void sleep(uint32_t turn) { syscall(SYS_futex, &turn_, FUTEX_WAIT_PRIVATE, turn, nullptr); }

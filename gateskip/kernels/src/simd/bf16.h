@@ -1,0 +1,17 @@
+// Numbers in bfloat16, one by one.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+static inline float bf16_to_float(uint16_t value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+static inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
