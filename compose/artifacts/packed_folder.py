@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+GPTQ_METHOD = "gptq"
+"""`quant_method` of folders in the GPTQ format."""
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 GRID = ("codes", "scale", "minimum")
 """Ends of the names of a packed layer's tensors; the first one has the codes."""
@@ -64,14 +66,14 @@ class PackedFolder:
         self.folder, self.config = folder, require_model(folder)
         self.stated: dict[str, Any] = self.config.get("quantization_config") or {}
         self.method = str(self.stated.get("quant_method") or "")
-        if self.method not in ("gptq", GRID_METHOD):
+        if self.method not in (GPTQ_METHOD, GRID_METHOD):
             raise ArtifactError(
                 f"the weights in {folder} are {self.method or 'not packed'}; they must be packed by"
                 " int4, int8, gptq or autoround",
                 fix="put one of these stages at the end of the chain",
             )
         self._files, self._tensor = tensor_files(folder), tensors_of(folder)
-        self._parts = GPTQ if self.method == "gptq" else GRID
+        self._parts = GPTQ if self.method == GPTQ_METHOD else GRID
         ends = f".{self._parts[0]}"
         names = [name.removesuffix(ends) for name in self._files if name.endswith(ends)]
         self.embeddings = [name for name in names if name.endswith("embed_tokens")]
@@ -98,7 +100,7 @@ class PackedFolder:
             ArtifactError: its groups have real minima, or their columns are not adjacent.
         """
         parts = [self.tensor(f"{name}.{part}") for part in self._parts]
-        if self.method == "gptq":
+        if self.method == GPTQ_METHOD:
             return self._from_gptq(name, *parts)
         return self._from_grid(name, *parts)
 

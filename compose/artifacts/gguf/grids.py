@@ -9,6 +9,9 @@ A block type has a number of bits. A grid of fewer bits goes into the next large
 Groups of 64 or 128 weights repeat their scale in each block of 32. Blocks have float16 scales and
 minima; this project's scales and minima are float16 numbers by construction
 (gateskip/quantization/grid.py).
+
+Layers in the GPTQ format become the same blocks. Their zero points are integers, so a minimum is a
+product, -scale * zero, which float16 rounds: by at most 0.8 % of a scale with 4 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.intake import weight_files
+from compose.artifacts.packed_folder import GPTQ, IntegerLayer, PackedFolder
 from compose.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -27,8 +31,8 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 CODES = ".codes"
-PARTS = (CODES, ".scale", ".minimum")
-"""Ends of the names of a grid's tensors."""
+PARTS = (CODES, ".scale", ".minimum", *(f".{part}" for part in GPTQ))
+"""Ends of the names of a packed layer's tensors."""
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -46,7 +50,8 @@ def main_kind(config: dict[str, Any]) -> str:
     quantization = config["quantization_config"]
     if quantization["bits"] > 4:
         return "q8_0"
-    return "q4_0" if quantization.get("offset") == "none" else "q4_1"
+    symmetric = quantization.get("offset") == "none" or quantization.get("sym")
+    return "q4_0" if symmetric else "q4_1"
 
 
 def grid_blocks(
@@ -79,6 +84,31 @@ def grid_blocks(
         yield f"{module}.weight", *as_blocks(module, codes, scale, minimum, bits)
 
 
+def gptq_blocks(folder: Path) -> Iterator[tuple[str, str, NDArray[numpy.uint8]]]:
+    """`grid_blocks` of a folder in the GPTQ format.
+
+    Raises:
+        ArtifactError: as `grid_blocks`, or the columns of a group are not adjacent.
+    """
+    source = PackedFolder(folder)
+    for module in (*source.layers, *source.embeddings):
+        yield f"{module}.weight", *integer_blocks(module, source.layer(module))
+
+
+def integer_blocks(module: str, layer: IntegerLayer) -> tuple[str, NDArray[numpy.uint8]]:
+    """A layer with integer zero points as blocks: their type and rows [n, bytes]."""
+    from gateskip.quantization.grid import middle
+
+    codes, minimum, wide = layer.codes, None, 4 if layer.bits <= 4 else 8
+    if layer.zeros is not None:
+        if layer.bits > 4:
+            raise ArtifactError(f"{module}: no GGUF block has {layer.bits} bits and a zero point")
+        minimum = (-layer.zeros.float() * layer.scale.float()).half()
+    else:
+        codes = codes + (middle(wide) - middle(layer.bits))
+    return _written(codes, _float16(module, layer.scale), minimum, wide)
+
+
 def bits_of(module: str, quantization: dict[str, Any]) -> int:
     """Bits of a module's codes, as a folder's config states them."""
     outer = {EMBEDDING: "embedding", HEAD: "head" if quantization.get("head") else "embedding"}
@@ -92,7 +122,6 @@ def as_blocks(
     module: str, packed: Tensor, scale: Tensor, minimum: Tensor | None, bits: int
 ) -> tuple[str, NDArray[numpy.uint8]]:
     """A grid's tensors of a folder as blocks: their type and rows [n, bytes]."""
-    from compose.artifacts.gguf.blocks import Blocks, write_blocks
     from gateskip.quantization.grid import middle, unpack_bits
 
     if minimum is not None and bits > 4:
@@ -101,13 +130,20 @@ def as_blocks(
     codes = unpack_bits(packed, bits)
     if minimum is None:
         codes = codes + (middle(wide) - middle(bits))  # both middles stand for zero
+    minimum = None if minimum is None else _float16(module, minimum)
+    return _written(codes, _float16(module, scale), minimum, wide)
+
+
+def _written(
+    codes: Tensor, scale: Tensor, minimum: Tensor | None, wide: int
+) -> tuple[str, NDArray[numpy.uint8]]:
+    """Codes [n, k], scales and minima [n, k / group] as blocks of 32."""
+    from compose.artifacts.gguf.blocks import Blocks, write_blocks
+
     repeats = codes.shape[1] // BLOCK // scale.shape[1]
-    numbers = [
-        None if data is None else _float16(module, data).repeat_interleave(repeats, dim=1).numpy()
-        for data in (scale, minimum)
-    ]
-    assert numbers[0] is not None, "every grid has scales"
-    return write_blocks(Blocks(codes.numpy(), numbers[0], numbers[1], wide))
+    scales = scale.repeat_interleave(repeats, dim=1).numpy()
+    lowest = None if minimum is None else minimum.repeat_interleave(repeats, dim=1).numpy()
+    return write_blocks(Blocks(codes.numpy(), scales, lowest, wide))
 
 
 def _float16(module: str, stored: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import GRID_METHOD, is_gated, probe_ids, require_model
 from compose.artifacts.gguf.file import open_gguf
-from compose.artifacts.gguf.grids import PARTS, grid_blocks, main_kind, refuse_grids
+from compose.artifacts.gguf.grids import PARTS, gptq_blocks, grid_blocks, main_kind, refuse_grids
 from compose.artifacts.gguf.metadata import (
     ARCHITECTURES,
     add_metadata,
@@ -25,6 +25,7 @@ from compose.artifacts.gguf.metadata import (
 from compose.artifacts.gguf.names import PAIRED, gguf_name, is_shifted, paired
 from compose.artifacts.gguf.tokenizer import add_tokenizer
 from compose.artifacts.intake import weight_files
+from compose.artifacts.packed_folder import GPTQ_METHOD, PackedFolder
 from compose.errors import ArtifactError, StepError, suggest
 from compose.store import new_file
 
@@ -64,10 +65,10 @@ def write_gguf(
     """
     config = require_model(folder)
     refuse(folder, config)
-    grids = is_grid(config)
+    grids = packed_by(config) is not None
     if grids and kind is not None:
         raise ArtifactError(
-            f"the weights of {folder} are integer grids, which are written unchanged",
+            f"the weights of {folder} are integers, which are written unchanged",
             fix="leave --type out, or name the folder before rounding",
         )
     if not grids and (kind or USUAL) not in KINDS:
@@ -80,9 +81,9 @@ def write_gguf(
     return {**differences, "bytes": float(file.stat().st_size), "kind": main}
 
 
-def is_grid(config: dict[str, Any]) -> bool:
-    """Whether a folder's weights are this project's integer grids."""
-    return (config.get("quantization_config") or {}).get("quant_method") == GRID_METHOD
+def packed_by(config: dict[str, Any]) -> str | None:
+    """The format of a folder's integers; None where its weights are floats."""
+    return (config.get("quantization_config") or {}).get("quant_method")
 
 
 def refuse(folder: Path, config: dict[str, Any]) -> None:
@@ -91,15 +92,15 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         ArtifactError: with every reason.
     """
-    packed = (config.get("quantization_config") or {}).get("quant_method")
+    packed = packed_by(config)
     reasons = {
         "it has gates, which llama.cpp cannot run": is_gated(folder),
-        f"its weights are quantized by {packed!r}, and only integer grids of this project (int4, "
-        "int8, ... with real offsets) have blocks there": packed not in (None, GRID_METHOD),
+        f"its weights are quantized by {packed!r}, and only integers of this project (int4, int8, "
+        "...) and of GPTQ have blocks there": packed not in (None, GRID_METHOD, GPTQ_METHOD),
         **family_reasons(config),
     }
     refusals = [reason for reason, holds in reasons.items() if holds]
-    if is_grid(config):
+    if packed in (GRID_METHOD, GPTQ_METHOD):
         refusals += refuse_grids(config)
     if refusals:
         raise ArtifactError(
@@ -135,11 +136,13 @@ def _stored(
     """Name, GGML type and data of every weight."""
     from gguf import GGMLQuantizationType as Ggml
 
-    if is_grid(config):
-        for name, block, rows in grid_blocks(folder, config):
+    packed = packed_by(config)
+    if packed is not None:
+        blocks = gptq_blocks(folder) if packed == GPTQ_METHOD else grid_blocks(folder, config)
+        for name, block, rows in blocks:
             yield name, Ggml[block], rows
     for name, tensor in _tensors(folder, config):
-        storage = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
+        storage = kind if packed is None else FLOATS[str(tensor.dtype)]
         shifted = is_shifted(name, ARCHITECTURES[config["model_type"]])
         yield name, *rounded(name, tensor.float() + 1 if shifted else tensor, storage)
 
@@ -182,7 +185,8 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     llama.cpp's, and compare the logits with those of the folder's weights, rounded in the same way.
 
     Both are computed in float32, so they must agree for every type: a difference comes from a wrong
-    weight, name or size, not from rounding. Without a `kind` nothing was rounded. Returns
+    weight, name or size, not from rounding. Without a `kind` nothing was rounded but the minima of
+    a folder in the GPTQ format. Returns
     `max_abs_diff` and `range` of these logits, and `kl` to the folder's own predictions, which is
     the cost of the rounding.
 
@@ -201,6 +205,8 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
             _round_in_place(model, kind)
             expected = model(ids).logits
         del model  # one of them at a time
+        if packed_by(require_model(folder)) == GPTQ_METHOD:
+            expected = _with_rounded_minima(folder)(ids).logits
         logits = _loaded(folder, file)(ids).logits
     if logits.shape != expected.shape:
         raise StepError(f"the file gives logits of shape {tuple(logits.shape)}")
@@ -216,20 +222,42 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     return {"max_abs_diff": difference, "range": span, "kl": kl}
 
 
-def _loaded(folder: Path, file: Path) -> Any:
-    """The folder's architecture with the file's weights in float32, read one after the other."""
+def _unfilled(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A model of the folder's architecture in float32, its weights by name, and its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from compose.artifacts.gguf.block_grids import Errors
-    from compose.artifacts.gguf.read import matched, tensors_of
 
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    gguf, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
-    stated = config.to_dict()
+    return model, dict(model.named_parameters()), config.to_dict()  # a tied weight once
+
+
+def _with_rounded_minima(folder: Path) -> Any:
+    """The model of a folder in the GPTQ format, with minima as blocks hold them."""
+    model, weights, _ = _unfilled(folder)
+    source = PackedFolder(folder)
+    for name in (*source.layers, *source.embeddings):
+        layer = source.layer(name)
+        value = layer.weight().unflatten(1, (-1, layer.group))
+        if layer.zeros is not None:
+            lowest = layer.zeros.float() * layer.scale.float()
+            value += (lowest - lowest.half().float()).unsqueeze(2)
+        weights[f"{name}.weight"].copy_(value.flatten(1))
+    for name, value in source.others():
+        if name in weights:
+            weights[name].copy_(value)
+    return model
+
+
+def _loaded(folder: Path, file: Path) -> Any:
+    """The folder's architecture with the file's weights in float32, read one after the other."""
+    from compose.artifacts.gguf.block_grids import Errors
+    from compose.artifacts.gguf.read import matched, tensors_of
+
+    model, weights, stated = _unfilled(folder)
+    gguf = open_gguf(file)
     tensors = matched(gguf, stated, {name: tuple(value.shape) for name, value in weights.items()})
     for name, value in tensors_of(gguf, stated, tensors, {}, Errors()):
         weights[name].copy_(value)

@@ -18,6 +18,7 @@ from compose.artifacts.gguf.metadata import WRITTEN
 from compose.artifacts.gguf.names import paired
 from compose.artifacts.gguf.tokenizer import pre_tokenizer_name
 from compose.artifacts.gguf.write import KINDS, refuse, write_gguf
+from compose.artifacts.packed_folder import PackedFolder
 from compose.errors import ArtifactError, StepError
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -113,10 +114,32 @@ def test_a_file_that_does_not_load_to_the_same_model_is_not_left(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_integer_zero_points_become_minima(
+    grid_folder: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The GPTQ format: a minimum is a product, which float16 rounds by 0.8 % of a scale at most."""
+    import gguf
+
+    folder = grid_folder(tiny_llama, "int4", offset="integer")
+    done = write_gguf(folder, tmp_path / "a.gguf", None)
+    assert done["kind"] == "q4_1" and done["kl"] < 1e-3
+    layer = PackedFolder(folder).layer("model.layers.1.mlp.down_proj")
+    (tensor,) = [
+        tensor
+        for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors
+        if tensor.name == "blk.1.ffn_down.weight"
+    ]
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1
+    read = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    apart = (read - layer.weight()).abs().unflatten(1, (-1, layer.group)).amax(-1)
+    assert bool((apart <= 0.0074 * layer.scale.float()).all())
+    assert layer.zeros is not None and len(layer.zeros.unique()) > 1
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized by 'gptq'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "its weights are quantized by 'awq'"),
         ({"model_type": "mistral"}, "'mistral', and only these are supported: llama, qwen2"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "positions are scaled"),
         ({"hidden_act": "gelu"}, "not SiLU"),
