@@ -43,22 +43,22 @@ struct Slices {
 #ifdef GATESKIP_SIMD
 constexpr int AHEAD = 8192;  // bytes: what the processor fetches ahead by itself ends with a page of 4 KiB
 
-// Ask for a cache line
-static inline void ask_for(const char* p) {
+// Ask for a cache line; no function, which would change what compilers make of the loops around it
 #ifdef GATESKIP_NEON
-  __builtin_prefetch(p, 0, 3);
+#define ASK_FOR(p) __builtin_prefetch(p, 0, 3)
 #else
-  _mm_prefetch(p, _MM_HINT_T0);
+#define ASK_FOR(p) _mm_prefetch(p, _MM_HINT_T0)
 #endif
-}
 
 // What is read next is asked for ahead of time: two cores read memory faster than they ask for it.
-static inline void prefetch(const void* here, int64_t ahead) { ask_for(static_cast<const char*>(here) + ahead); }
+static inline void prefetch(const void* here, int64_t ahead) {
+  ASK_FOR(static_cast<const char*>(here) + ahead);
+}
 
 // Fetch what a stream of keys or values will reach soon, as much of it as `count` numbers at p are
 template <class T>
 static inline void fetch_ahead(const T* p, int count) {
   const char* begin = reinterpret_cast<const char*>(p) + AHEAD;
-  for (int i = 0; i < count * int(sizeof(T)); i += 64) ask_for(begin + i);
+  for (int i = 0; i < count * int(sizeof(T)); i += 64) ASK_FOR(begin + i);
 }
 #endif
