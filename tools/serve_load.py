@@ -60,9 +60,8 @@ FEWEST = 8  # requests of a round
 SYSTEM = 1000  # tokens of the system prompt of a chat
 TURN = 64  # tokens of an answer of a chat
 TIMEOUT = 600.0  # seconds of one request
-LIMITS = httpx.Limits(
-    max_connections=None, max_keepalive_connections=0
-)  # a server may close idle ones
+# A server may close a connection that a client keeps
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,8 @@ def main() -> None:
     parser.add_argument("--extra", type=json.loads, default={}, help="further fields of requests")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
+    if not (options.servers or options.generate):
+        parser.error("name a server, as NAME=URL, or a folder for --generate")
     if options.generate:
         results = _beside_generate(options.generate, options.rounds)
     else:

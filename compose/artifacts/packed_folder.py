@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GPTQ_METHOD = "gptq"
 """`quant_method` of folders in the GPTQ format."""
+METHODS = (GPTQ_METHOD, GRID_METHOD)
+"""`quant_method` of folders whose weights are integers that this module reads."""
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 GRID = ("codes", "scale", "minimum")
 """Ends of the names of a packed layer's tensors; the first one has the codes."""
@@ -66,7 +68,7 @@ class PackedFolder:
         self.folder, self.config = folder, require_model(folder)
         self.stated: dict[str, Any] = self.config.get("quantization_config") or {}
         self.method = str(self.stated.get("quant_method") or "")
-        if self.method not in (GPTQ_METHOD, GRID_METHOD):
+        if self.method not in METHODS:
             raise ArtifactError(
                 f"the weights in {folder} are {self.method or 'not packed'}; they must be packed by"
                 " int4, int8, gptq or autoround",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.intake import weight_files
-from compose.artifacts.packed_folder import GPTQ, IntegerLayer, PackedFolder
+from compose.artifacts.packed_folder import GPTQ, GRID, IntegerLayer, PackedFolder
 from compose.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 CODES = ".codes"
-PARTS = (CODES, ".scale", ".minimum", *(f".{part}" for part in GPTQ))
+PARTS = tuple(f".{part}" for part in (*GRID, *GPTQ))
 """Ends of the names of a packed layer's tensors."""
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -97,16 +97,10 @@ def gptq_blocks(folder: Path) -> Iterator[tuple[str, str, NDArray[numpy.uint8]]]
 
 def integer_blocks(module: str, layer: IntegerLayer) -> tuple[str, NDArray[numpy.uint8]]:
     """A layer with integer zero points as blocks: their type and rows [n, bytes]."""
-    from gateskip.quantization.grid import middle
-
-    codes, minimum, wide = layer.codes, None, 4 if layer.bits <= 4 else 8
+    minimum = None
     if layer.zeros is not None:
-        if layer.bits > 4:
-            raise ArtifactError(f"{module}: no GGUF block has {layer.bits} bits and a zero point")
         minimum = (-layer.zeros.float() * layer.scale.float()).half()
-    else:
-        codes = codes + (middle(wide) - middle(layer.bits))
-    return _written(codes, _float16(module, layer.scale), minimum, wide)
+    return _written(module, layer.codes, layer.scale, minimum, layer.bits)
 
 
 def bits_of(module: str, quantization: dict[str, Any]) -> int:
@@ -122,28 +116,30 @@ def as_blocks(
     module: str, packed: Tensor, scale: Tensor, minimum: Tensor | None, bits: int
 ) -> tuple[str, NDArray[numpy.uint8]]:
     """A grid's tensors of a folder as blocks: their type and rows [n, bytes]."""
-    from gateskip.quantization.grid import middle, unpack_bits
+    from gateskip.quantization.grid import unpack_bits
+
+    return _written(module, unpack_bits(packed, bits), scale, minimum, bits)
+
+
+def _written(
+    module: str, codes: Tensor, scale: Tensor, minimum: Tensor | None, bits: int
+) -> tuple[str, NDArray[numpy.uint8]]:
+    """Codes [n, k], scales and minima [n, k / group] as blocks of 32."""
+    from compose.artifacts.gguf.blocks import Blocks, write_blocks
+    from gateskip.quantization.grid import middle
 
     if minimum is not None and bits > 4:
         raise ArtifactError(f"{module}: no GGUF block has {bits} bits and a minimum")
     wide = 4 if bits <= 4 else 8
-    codes = unpack_bits(packed, bits)
     if minimum is None:
         codes = codes + (middle(wide) - middle(bits))  # both middles stand for zero
-    minimum = None if minimum is None else _float16(module, minimum)
-    return _written(codes, _float16(module, scale), minimum, wide)
-
-
-def _written(
-    codes: Tensor, scale: Tensor, minimum: Tensor | None, wide: int
-) -> tuple[str, NDArray[numpy.uint8]]:
-    """Codes [n, k], scales and minima [n, k / group] as blocks of 32."""
-    from compose.artifacts.gguf.blocks import Blocks, write_blocks
-
     repeats = codes.shape[1] // BLOCK // scale.shape[1]
-    scales = scale.repeat_interleave(repeats, dim=1).numpy()
-    lowest = None if minimum is None else minimum.repeat_interleave(repeats, dim=1).numpy()
-    return write_blocks(Blocks(codes.numpy(), scales, lowest, wide))
+    numbers = [
+        None if data is None else _float16(module, data).repeat_interleave(repeats, dim=1).numpy()
+        for data in (scale, minimum)
+    ]
+    assert numbers[0] is not None, "every grid has scales"
+    return write_blocks(Blocks(codes.numpy(), numbers[0], numbers[1], wide))
 
 
 def _float16(module: str, stored: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.artifacts.folder import GRID_METHOD, is_gated, probe_ids, require_model
+from compose.artifacts.folder import is_gated, probe_ids, require_model
 from compose.artifacts.gguf.file import open_gguf
 from compose.artifacts.gguf.grids import PARTS, gptq_blocks, grid_blocks, main_kind, refuse_grids
 from compose.artifacts.gguf.metadata import (
@@ -25,7 +25,7 @@ from compose.artifacts.gguf.metadata import (
 from compose.artifacts.gguf.names import PAIRED, gguf_name, is_shifted, paired
 from compose.artifacts.gguf.tokenizer import add_tokenizer
 from compose.artifacts.intake import weight_files
-from compose.artifacts.packed_folder import GPTQ_METHOD, PackedFolder
+from compose.artifacts.packed_folder import GPTQ_METHOD, METHODS, PackedFolder
 from compose.errors import ArtifactError, StepError, suggest
 from compose.store import new_file
 
@@ -82,7 +82,7 @@ def write_gguf(
 
 
 def packed_by(config: dict[str, Any]) -> str | None:
-    """The format of a folder's integers; None where its weights are floats."""
+    """How a folder's weights are quantized; None where they are floats."""
     return (config.get("quantization_config") or {}).get("quant_method")
 
 
@@ -96,11 +96,11 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
     reasons = {
         "it has gates, which llama.cpp cannot run": is_gated(folder),
         f"its weights are quantized by {packed!r}, and only integers of this project (int4, int8, "
-        "...) and of GPTQ have blocks there": packed not in (None, GRID_METHOD, GPTQ_METHOD),
+        "...) and of GPTQ have blocks there": packed not in (None, *METHODS),
         **family_reasons(config),
     }
     refusals = [reason for reason, holds in reasons.items() if holds]
-    if packed in (GRID_METHOD, GPTQ_METHOD):
+    if packed in METHODS:
         refusals += refuse_grids(config)
     if refusals:
         raise ArtifactError(
@@ -186,9 +186,8 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
 
     Both are computed in float32, so they must agree for every type: a difference comes from a wrong
     weight, name or size, not from rounding. Without a `kind` nothing was rounded but the minima of
-    a folder in the GPTQ format. Returns
-    `max_abs_diff` and `range` of these logits, and `kl` to the folder's own predictions, which is
-    the cost of the rounding.
+    a folder in the GPTQ format. Returns `max_abs_diff` and `range` of these logits, and `kl` to the
+    folder's own predictions, which is the cost of the rounding.
 
     Raises:
         StepError: they differ.

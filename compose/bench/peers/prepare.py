@@ -18,6 +18,7 @@ from typing import Any
 
 from compose.artifacts.folder import dtype_of, hash_folder, require_model
 from compose.artifacts.gguf.write import packed_by, write_gguf
+from compose.artifacts.packed_folder import METHODS
 from compose.assets.fetch import build_once
 from compose.bench.peers.environment import environment_folder, python_of, versions_of
 from compose.bench.peers.process import PreparedPeer, converted, write_importance
@@ -152,7 +153,7 @@ def _importance(
 
 def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progress | None) -> Path:
     """The folder as a GGUF file in its float type, or as bf16 where the option asks for it."""
-    if packed_by(require_model(folder)) is not None:
+    if packed_by(require_model(folder)) in METHODS:
         raise UserError(
             f"llama.cpp:{option} quantizes float weights, but those of {folder} are integers",
             fix="write them with `gateskip export FOLDER --format gguf --to F.gguf`, and name"

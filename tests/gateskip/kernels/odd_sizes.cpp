@@ -502,7 +502,7 @@ void steps(const Sizes& z, const Network& network, int rotary, bool skips, doubl
   }
 }
 
-// A text's tokens are among the likeliest after each other; by how much a logit may be off
+// A text's tokens are among the most probable after each other; by how much a logit may be off
 void check_text(const char* what, const Model& m, const CacheView& cache, const Embedding& embedding, const Matrix& head,
                 float cap, int32_t token, int slot, const std::vector<int32_t>& text, const float* probabilities, double by) {
   reference::Decoder plain(m, cache, 0);

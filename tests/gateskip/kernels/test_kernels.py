@@ -28,14 +28,6 @@ OF_WIDE_VECTORS = {
 needs_library = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
 
 
-@pytest.fixture
-def fresh() -> Any:
-    """The library is looked for anew, and again afterwards."""
-    build._loaded.cache_clear()
-    yield
-    build._loaded.cache_clear()
-
-
 def test_the_header_is_what_python_has() -> None:
     header = abi.read_header()
     assert set(header.structures) == set(abi.STRUCTURES)

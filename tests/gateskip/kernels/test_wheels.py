@@ -44,14 +44,6 @@ needs_library = pytest.mark.skipif(build.library() is None, reason="no compiled 
 
 
 @pytest.fixture
-def fresh() -> Any:
-    """The library is looked for anew, and again afterwards."""
-    build._loaded.cache_clear()
-    yield
-    build._loaded.cache_clear()
-
-
-@pytest.fixture
 def wheel_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a wheel's libraries, empty, on a processor of level avx2."""
     folder = tmp_path / "prebuilt"
