@@ -327,7 +327,12 @@ def test_a_killed_replica_loses_only_its_requests(endless: Path) -> None:
             time.sleep(0.1)
         assert "replica 1 ended (killed by SIGKILL): it is started again" in log.read_text()
         assert _pids(process.pid)[0] == first
-        metrics = httpx.get(f"{url}/metrics").text
-        assert 'replica="0"' in metrics and 'replica="1"' in metrics
+        for _ in range(600):  # the new replica shares its counts a little after it serves
+            metrics = httpx.get(f"{url}/metrics").text
+            if 'replica="0"' in metrics and 'replica="1"' in metrics:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(metrics)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
