@@ -66,8 +66,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-
 test: $(VENV)/.dev
 	$(PYTEST) -m 'not slow' $(ARGS)
 
-# Engines of which pip installs wheels are made (minutes, once); llama.cpp, which it compiles, is for peers-test.
-ENGINES ?= openvino,onnxruntime,compressed-tensors
+# Engines whose environments are made where they are missing. The larger ones are for peers-test.
+ENGINES ?= compressed-tensors
 test-slow: $(VENV)/.dev
 	GATESKIP_BUILD_PEERS=$(ENGINES) $(PYTEST) -m slow $(ARGS)
 

@@ -266,9 +266,10 @@ def test_the_same_worker_runs_under_ray(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head without cores, and two nodes with one each, the second marked for speed."""
     pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default other tests take most of the time
     from ray.cluster_utils import Cluster
 
     sizes = {"object_store_memory": 80_000_000, "memory": 4_000_000_000}
