@@ -4,7 +4,7 @@
 #   make test-slow     the slow ones: the real model, all chains, killed runs, other engines
 #   make check         format, lint, types, imports
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
-#   make wheels        a wheel for Linux on x86-64 with compiled kernels, and the source distribution, in dist
+#   make wheels        wheels for Linux with compiled kernels, for x86-64 and Arm, and the source distribution, in dist
 #   make arm           the compiled kernels over odd sizes on three kinds of Arm processors, emulated
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
@@ -86,16 +86,21 @@ sanitize:
 	  -fno-sanitize-recover=all -I$(KERNELS) tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp $(KERNELS)/*/*.cpp -o build/odd_sizes
 	ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=0 build/odd_sizes
 
-# Needs g++. libgomp is left out, because torch brings it: two OpenMP libraries in one process do not share threads.
+# Needs g++, and for Arm's wheel Debian's g++-aarch64-linux-gnu. libgomp is left out, because torch brings it: two OpenMP
+# libraries in one process do not share threads.
+ARM_CXX ?= aarch64-linux-gnu-g++
+wheels: export GATESKIP_PREBUILT := 1
 wheels: $(VENV)/.dev
 	rm -rf build/wheels
-	GATESKIP_PREBUILT=1 $(BIN)/python -m build --outdir build/wheels
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheels/*.whl
+	$(BIN)/python -m build --outdir build/wheels
+	if command -v $(ARM_CXX); then CXX=$(ARM_CXX) _PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --outdir build/wheels; \
+	  else echo 'No wheel for Arm: $(ARM_CXX) is not installed'; fi
+	for wheel in build/wheels/*.whl; do \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist $$wheel || exit; done
 	cp build/wheels/*.tar.gz dist
 
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user, and nothing of Python. What the kernels gave stays in build/arm, a file for
 # each kind: without products of bytes, with those of signed ones, and with bytes of both kinds and bfloat16.
-ARM_CXX ?= aarch64-linux-gnu-g++
 QEMU    ?= qemu-aarch64
 arm:
 	mkdir -p build/arm

@@ -1,12 +1,14 @@
-"""Compiles kernels into a wheel for Linux on x86-64 where GATESKIP_PREBUILT=1: `make wheels`.
+"""Compiles kernels into a wheel for Linux where GATESKIP_PREBUILT=1: `make wheels`.
 
-All other builds hold no compiled code. They compile their kernels when these are first used.
+The wheel is for this machine, or for that of _PYTHON_HOST_PLATFORM (linux-aarch64, as other tools
+for cross-compiling name it) with its g++ in CXX. All other builds hold no compiled code. They compile their kernels when these are first used.
 """
 
 import os
-import platform
 import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -49,24 +51,45 @@ def compile_levels(folder: Path) -> None:
 
     shutil.rmtree(folder, ignore_errors=True)
     sources = build.source_hash(build.source_code())
-    for level in prebuilt.LEVELS:
-        flags = [flag for flag in build.FLAGS if flag != "-march=native"]
+    machine = machine_of_wheel()
+    flags = [flag for flag in build.flags_for("Linux", machine) if not flag.endswith("=native")]
+    for level in prebuilt.LEVELS[machine]:
         new = folder / "new.so"
-        # GCC, because the kernels share GCC's OpenMP library, libgomp, with torch
-        error = build.compile_kernels(
-            "g++", build.source_files(), new, [*flags, *prebuilt.compiler_flags(level), "-Wl,-s"]
-        )
+        chosen = [*flags, *prebuilt.compiler_flags(machine, level), "-Wl,-s"]
+        error = build.compile_kernels(compiler(), build.source_files(), new, chosen)
         if error is not None:
-            raise SystemExit(f"g++ cannot compile the kernels for {level}: {error}")
+            raise SystemExit(f"{compiler()} cannot compile the kernels for {level}: {error}")
         new.rename(folder / prebuilt.file_name(level, sources, new.read_bytes()))
+
+
+def machine_of_wheel() -> str:
+    """The processors of the wheel's platform, as in linux-x86_64. Raises SystemExit for others."""
+    system, _, machine = sysconfig.get_platform().partition("-")
+    if system != "linux" or machine not in ("x86_64", "aarch64"):
+        raise SystemExit("GATESKIP_PREBUILT=1 needs Linux on x86-64 or 64-bit Arm")
+    return machine
+
+
+def compiler() -> str:
+    """GCC, because the kernels share GCC's OpenMP library, libgomp, with torch."""
+    return os.environ.get("CXX", "g++")
+
+
+def require_compiler(machine: str) -> None:
+    """Raise SystemExit where the compiler is missing, or compiles for other processors."""
+    if shutil.which(compiler()):
+        command = [compiler(), "-dumpmachine"]
+        target = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if target.startswith(machine):
+            return
+    raise SystemExit(f"GATESKIP_PREBUILT=1 needs a g++ for {machine}: name it in CXX")
 
 
 def options() -> dict[str, object]:
     """What a wheel with compiled kernels adds to pyproject.toml."""
     if os.environ.get("GATESKIP_PREBUILT") != "1":
         return {}
-    if (sys.platform, platform.machine()) != ("linux", "x86_64") or not shutil.which("g++"):
-        raise SystemExit("GATESKIP_PREBUILT=1 needs Linux on x86-64 and g++")
+    require_compiler(machine_of_wheel())
     commands = {"build_py": BuildKernels, "bdist_wheel": KernelWheel}
     return {"distclass": KernelDistribution, "cmdclass": commands}
 

@@ -14,19 +14,21 @@ The format has no packed embedding and LM head; they are written as floats.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.artifacts.folder import COMPANIONS, dtype_of, is_gated, place_file
+from compose.artifacts.folder import COMPANIONS, dtype_of, is_gated, place_file, probe_ids
 from compose.artifacts.intake import weight_files
 from compose.artifacts.packed_folder import (
     IntegerLayer,
     PackedFolder,
     packed,
+    tensor_files,
     tensors_of,
     unpacked,
 )
+from compose.artifacts.predictions import mean_kl, unfilled
 from compose.artifacts.shards import save_shards
 from compose.errors import ArtifactError, StepError
 from compose.store import new_folder, write_json
@@ -49,7 +51,8 @@ def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
 
     Returns `schemes` (by vLLM's names: W4A16 ...), `layers`, `floats` (layers that were packed and
     are now floats), `rounded_scales` (whether a reader in the folder's float type rounds the
-    scales), and `bytes`.
+    scales), `kl` (from the predictions of `folder` to those of the weights that a reader gets, on a
+    short text, in float32), and `bytes`.
 
     Raises:
         ArtifactError: the folder cannot be written in this format, or `target` exists.
@@ -65,6 +68,7 @@ def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
     with new_folder(target) as unfinished:
         save_shards(unfinished, _tensors(source, inner, floats, schemes), SHARD)
         rounded = _read_back(unfinished, source, inner, schemes)
+        kl = _kl(unfinished, source, inner, schemes)
         dense = _dense_linears(unfinished)
         config = {**source.config, "quantization_config": _config(schemes, dense)}
         write_json(unfinished / "config.json", config)
@@ -77,6 +81,7 @@ def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
         "layers": len(inner),
         "floats": floats,
         "rounded_scales": rounded,
+        "kl": kl,
         "bytes": size,
     }
 
@@ -160,6 +165,49 @@ def _read_back(
             raise StepError(f"the codes of {name} differ from those that were written")
         rounded |= _rounds(layer.scale, dtype)
     return rounded
+
+
+def _kl(
+    folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]
+) -> float:
+    """KL from the predictions of the source's weights to those of the written ones."""
+    import torch
+
+    model, weights, _ = unfilled(source.folder)
+    ids = probe_ids(source.folder)
+    layers = ((name, source.layer(name).weight()) for name in (*source.layers, *source.embeddings))
+    with torch.inference_mode():
+        _fill(weights, ((f"{name}.weight", weight) for name, weight in layers))
+        _fill(weights, source.others())
+        logits = model(ids).logits
+        _fill(weights, _as_read(folder, names, schemes, getattr(torch, dtype_of(source.folder))))
+        return mean_kl(logits, model(ids).logits)
+
+
+def _fill(weights: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Set weights of a model, in its float type; others that it has not are left out."""
+    for name, value in tensors:
+        if name in weights:
+            weights[name].copy_(value)
+
+
+def _as_read(
+    folder: Path, names: list[str], schemes: dict[str, Scheme], dtype: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every weight of a written folder, with scales in the float type `dtype`, as
+    a reader takes them."""
+    written = tensors_of(folder)
+    for name in names:
+        bits, _, symmetric = schemes[name]
+        rows, columns = written(f"{name}.weight_shape").tolist()
+        codes = unpacked(written(f"{name}.weight_packed"), bits)[:, :columns]
+        scale, zeros = written(f"{name}.weight_scale").to(dtype), None
+        if not symmetric:
+            zeros = unpacked(written(f"{name}.weight_zero_point").T, bits).T[:rows]
+        yield f"{name}.weight", IntegerLayer(bits, codes, scale, zeros).weight()
+    for name in tensor_files(folder):
+        if name.removesuffix(".weight") not in names:
+            yield name, written(name)
 
 
 def _rounds(scale: Tensor, dtype: Any) -> bool:

@@ -255,7 +255,8 @@ def compressed_text(to: Path, written: dict[str, Any]) -> str:
         text += f"; converted back to floats: {', '.join(written['floats'])}"
     if written["rounded_scales"]:
         text += "; vLLM rounds the scales to the folder's float type"
-    return text
+    kl = metric_text("kl", written["kl"])
+    return f"{text}; KL from the predictions of the model folder: {kl}"
 
 
 def read_text(text: str) -> str:

@@ -15,31 +15,44 @@ FOLDER = Path(__file__).parent / "prebuilt"
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
 LEVELS = {
-    "avx512-bf16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
-    "avx512-vnni": (*_AVX512, "avx512_vnni"),
-    "avx512": _AVX512,
-    "avx2": _AVX2,
+    "x86_64": {
+        "avx512-bf16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
+        "avx512-vnni": (*_AVX512, "avx512_vnni"),
+        "avx512": _AVX512,
+        "avx2": _AVX2,
+    },
+    "aarch64": {
+        "arm-bf16": ("asimd", "asimddp", "i8mm", "bf16"),
+        "arm-dotprod": ("asimd", "asimddp"),
+        "arm": ("asimd",),
+    },
 }
-"""The features of a processor that each level needs, as Linux names them; the best level first."""
-BEST = next(iter(LEVELS))
+"""For each kind of machine, the features of a processor that each level needs, as Linux names them;
+the best level first."""
 MATRIX_UNITS = ("-mamx-tile", "-mamx-bf16")
-"""Flags of the best level alone, which needs no matrix units (AMX): the kernels ask the system for
-them when they run."""
+"""Flags of the best level of x86 alone, which needs no matrix units (AMX): the kernels ask the
+system for them when they run."""
+_ARM_FLAGS = {"asimd": "armv8-a", "asimddp": "dotprod"}  # where GCC's names differ from Linux's
 
 
 class Unfit(RuntimeError):
     """The wheel's libraries cannot be used here; the message says why."""
 
 
-def compiler_flags(level: str) -> tuple[str, ...]:
-    """What the compiler needs in place of -march=native."""
-    features = (f"-m{feature.replace('_', '')}" for feature in LEVELS[level])
-    return ("-march=x86-64", *features, *(MATRIX_UNITS if level == BEST else ()))
+def compiler_flags(machine: str, level: str) -> tuple[str, ...]:
+    """What the compiler needs in place of -march=native or -mcpu=native."""
+    features = LEVELS[machine][level]
+    if machine == "aarch64":
+        return ("-march=" + "+".join(_ARM_FLAGS.get(feature, feature) for feature in features),)
+    best = next(iter(LEVELS[machine]))
+    flags = (f"-m{feature.replace('_', '')}" for feature in features)
+    return ("-march=x86-64", *flags, *(MATRIX_UNITS if level == best else ()))
 
 
 def choose(features: Set[str]) -> str | None:
     """The best level for a processor with these features; None where there is none."""
-    return next((name for name, needed in LEVELS.items() if features >= set(needed)), None)
+    levels = (level for names in LEVELS.values() for level in names.items())
+    return next((name for name, needed in levels if features >= set(needed)), None)
 
 
 def features_here() -> frozenset[str]:
@@ -48,7 +61,7 @@ def features_here() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return frozenset()
-    lines = [line for line in text.splitlines() if line.startswith("flags")]
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
     return frozenset(lines[0].split()) if lines else frozenset()
 
 
@@ -66,7 +79,7 @@ def find(sources: str) -> Path | None:
         return None
     level = choose(features_here())
     if level is None:
-        raise Unfit("the wheel's kernels need a processor with AVX2 and FMA")
+        raise Unfit("the wheel's kernels need a processor with AVX2 and FMA, or of 64-bit Arm")
     file = next(FOLDER.glob(f"kernels-{level}-{sources}-*.so"), None)
     if file is None:
         raise Unfit(f"the wheel's kernels for {level} are missing: install the wheel again")

@@ -26,6 +26,7 @@ from compose.artifacts.gguf.names import PAIRED, gguf_name, is_shifted, paired
 from compose.artifacts.gguf.tokenizer import add_tokenizer
 from compose.artifacts.intake import weight_files
 from compose.artifacts.packed_folder import GPTQ_METHOD, METHODS, PackedFolder
+from compose.artifacts.predictions import mean_kl, unfilled
 from compose.errors import ArtifactError, StepError, suggest
 from compose.store import new_file
 
@@ -216,26 +217,12 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
             "the GGUF file does not load to the model that was written: its logits differ by"
             f" {difference:.3g} over a range of {span:.3g}"
         )
-    target, predicted = dense.log_softmax(-1), logits.log_softmax(-1)
-    kl = float((target.exp() * (target - predicted)).sum(-1).mean())
-    return {"max_abs_diff": difference, "range": span, "kl": kl}
-
-
-def _unfilled(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """A model of the folder's architecture in float32, its weights by name, and its config."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    return model, dict(model.named_parameters()), config.to_dict()  # a tied weight once
+    return {"max_abs_diff": difference, "range": span, "kl": mean_kl(dense, logits)}
 
 
 def _with_rounded_minima(folder: Path) -> Any:
     """The model of a folder in the GPTQ format, with minima as blocks hold them."""
-    model, weights, _ = _unfilled(folder)
+    model, weights, _ = unfilled(folder)
     source = PackedFolder(folder)
     for name in (*source.layers, *source.embeddings):
         layer = source.layer(name)
@@ -255,7 +242,7 @@ def _loaded(folder: Path, file: Path) -> Any:
     from compose.artifacts.gguf.block_grids import Errors
     from compose.artifacts.gguf.read import matched, tensors_of
 
-    model, weights, stated = _unfilled(folder)
+    model, weights, stated = unfilled(folder)
     gguf = open_gguf(file)
     tensors = matched(gguf, stated, {name: tuple(value.shape) for name, value in weights.items()})
     for name, value in tensors_of(gguf, stated, tensors, {}, Errors()):

@@ -164,7 +164,22 @@ def test_a_folder_for_compressed_tensors_holds_the_same_integers(
     assert len(groups) == (2 if case == "gptq-mixed" else 1)
     assert record["layers"] == len(source.layers) and record["floats"] == source.embeddings
     assert record["rounded_scales"] == case.startswith("gptq"), "those of gptqmodel are float16"
+    exact = not record["floats"] and not record["rounded_scales"]
+    assert abs(record["kl"]) < (1e-6 if exact else 1e-4)
     assert (target / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("case", ["int4", "int8"])
+def test_the_kl_is_that_of_the_weights_that_were_written(
+    case: str, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: Any) -> Any:
+        for name, value in right(*arguments):
+            yield name, value * 2 if name.endswith("down_proj.weight_scale") else value
+
+    right = compressed_tensors._tensors
+    monkeypatch.setattr(compressed_tensors, "_tensors", wrong)
+    assert write_compressed(quantize(**PACKED[case]), tmp_path / "made")["kl"] > 1e-3
 
 
 def test_an_untied_head_is_written_as_floats(quantize: Quantize, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ SOURCES = build.source_hash(build.source_code())
 HASWELL = "fpu sse2 ssse3 sse4_1 sse4_2 avx fma f16c avx2 bmi1 bmi2"
 SKYLAKE_SP = f"{HASWELL} avx512f avx512cd avx512bw avx512dq avx512vl"
 CASCADE_LAKE = f"{SKYLAKE_SP} avx512_vnni"
+ARMV8 = "fp asimd evtstrm aes pmull sha1 sha2 crc32"
 PROCESSORS = {
     "Nehalem": ("fpu sse2 ssse3 sse4_1 sse4_2", None),
     "Sandy Bridge": ("fpu sse2 ssse3 sse4_1 sse4_2 avx", None),
@@ -36,9 +37,18 @@ PROCESSORS = {
     "Cascade Lake": (CASCADE_LAKE, "avx512-vnni"),
     "Zen 4": (f"{CASCADE_LAKE} avx512_bf16", "avx512-bf16"),
     "Sapphire Rapids": (f"{CASCADE_LAKE} avx512_bf16 amx_bf16 amx_tile", "avx512-bf16"),
+    "Cortex-A72": (ARMV8, "arm"),
+    "Neoverse N1, Apple M1": (f"{ARMV8} atomics asimdrdm asimddp", "arm-dotprod"),
+    "Neoverse V1, Apple M2": (f"{ARMV8} atomics asimdrdm asimddp i8mm bf16", "arm-bf16"),
 }
+ARM = {"arm": "cortex-a72", "arm-dotprod": "neoverse-n1", "arm-bf16": "max"}
+"""For each level, a processor that qemu emulates."""
+ARM_TOOLS = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 on_x86_linux = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="not x86-64 Linux"
+)
+needs_arm_tools = pytest.mark.skipif(
+    None in map(shutil.which, ARM_TOOLS), reason=f"not installed: {' or '.join(ARM_TOOLS)}"
 )
 needs_library = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
 
@@ -71,12 +81,12 @@ def test_the_level_of_a_processor(name: str) -> None:
     assert prebuilt.choose(frozenset(flags.split())) == level
 
 
-@pytest.mark.parametrize("level", prebuilt.LEVELS)
-def test_a_level_needs_each_of_its_features(level: str) -> None:
+@pytest.mark.parametrize("machine", prebuilt.LEVELS)
+def test_a_level_needs_each_of_its_features(machine: str) -> None:
     """Its library stops the process with an illegal instruction where one is missing."""
-    names = list(prebuilt.LEVELS)
-    for feature in prebuilt.LEVELS[level]:
-        lower = prebuilt.choose({*prebuilt.LEVELS[level]} - {feature})
+    names = list(prebuilt.LEVELS[machine])
+    for level, feature in [(a, b) for a, needed in prebuilt.LEVELS[machine].items() for b in needed]:
+        lower = prebuilt.choose({*prebuilt.LEVELS[machine][level]} - {feature})
         assert lower is None or names.index(lower) > names.index(level)
 
 
@@ -84,10 +94,12 @@ def test_levels_differ_by_every_feature_that_the_sources_ask_for() -> None:
     """Else a wheel computes otherwise than a local build, whose compiler has all features."""
     sources = build.source_code().decode()
     asked = set(re.findall(r"\b__((?:AVX|AMX|FMA|F16C|SSE|BMI)\w*?)__\b", sources))
-    needed = {feature for features in prebuilt.LEVELS.values() for feature in features}
+    needed = {feature for features in prebuilt.LEVELS["x86_64"].values() for feature in features}
     levels = {feature.replace("_", "").upper() for feature in needed}
     units = {flag[2:].replace("-", "_").upper() for flag in prebuilt.MATRIX_UNITS}
     assert {"AVX2", "AVX512BF16", "AMX_TILE"} <= asked <= levels | units
+    arm = {"DOTPROD", "MATMUL_INT8", "BF16_VECTOR_ARITHMETIC"}  # asimddp, i8mm and bf16
+    assert set(re.findall(r"\b__ARM_(?:FEATURE_)?(\w+?)\b", sources)) == arm
 
 
 @on_x86_linux
@@ -96,6 +108,12 @@ def test_the_level_of_this_processor_is_that_of_a_local_build() -> None:
     library, level = build.library(), prebuilt.choose(prebuilt.features_here())
     assert bool(library.gateskip_has_decoder()) == (level is not None)
     assert bool(library.gateskip_prefill_units()) == (level in ("avx512-vnni", "avx512-bf16"))
+
+
+def test_the_features_of_an_arm_processor_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor\t: 0\nBogoMIPS\t: 100.00\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd0c\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+    assert prebuilt.features_here() == {"fp", "asimd", "asimddp"}
 
 
 def test_without_a_wheel_nothing_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -172,8 +190,8 @@ def test_a_fitting_library_needs_no_compiler(
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`wheels()` is a wheel of this source tree, `wheels(GATESKIP_PREBUILT="1")` one with kernels,
-    as `make wheels` repairs it."""
+    """`wheels()` is a wheel of this source tree, `wheels(GATESKIP_PREBUILT="1", ...)` one with
+    kernels, as `make wheels` repairs it."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("gateskip", "compose", "reports", "pipelines"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -198,6 +216,13 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def wheel(wheels: Callable[..., Path]) -> Path:
     return wheels(GATESKIP_PREBUILT="1")
+
+
+@pytest.fixture(scope="module")
+def arm_wheel(wheels: Callable[..., Path]) -> Path:
+    """The wheel for 64-bit Arm, cross-compiled."""
+    variables = {"CXX": ARM_TOOLS[0], "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
+    return wheels(GATESKIP_PREBUILT="1", **variables)
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +270,8 @@ def test_tags_say_what_a_wheel_holds(wheel: Path, wheels: Callable[..., Path]) -
     assert re.search(r"-py3-none-manylinux_2_\d+_x86_64", wheel.name)
     libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     start = f"gateskip/kernels/prebuilt/kernels-{{}}-{SOURCES}-"
-    assert len(libraries) == len(prebuilt.LEVELS), "auditwheel has added none"
-    for level in prebuilt.LEVELS:
+    assert len(libraries) == len(prebuilt.LEVELS["x86_64"]), "auditwheel has added none"
+    for level in prebuilt.LEVELS["x86_64"]:
         assert [name for name in libraries if name.startswith(start.format(level))], level
     assert set(zipfile.ZipFile(wheel).namelist()) >= {
         name for name in zipfile.ZipFile(pure).namelist() if "dist-info" not in name
@@ -303,7 +328,7 @@ def test_a_level_gives_the_bits_of_a_local_build(
 ) -> None:
     """All kernels over odd sizes; a build for another processor stands for a build on it."""
     best = prebuilt.choose(prebuilt.features_here())
-    names = list(prebuilt.LEVELS)
+    names = list(prebuilt.LEVELS["x86_64"])
     if best is None or names.index(level) < names.index(best):
         pytest.skip(f"this processor is not of level {level}")
     if processor == "native" and level != best:
@@ -313,13 +338,8 @@ def test_a_level_gives_the_bits_of_a_local_build(
     flags = [flag.replace("=native", f"={processor}") for flag in build.FLAGS]
     local = tmp_path / "local" / "kernels.so"
     assert build.compile_kernels("g++", build.source_files(), local, flags) is None
-    libraries = zipfile.ZipFile(wheel)
-    (name,) = [name for name in libraries.namelist() if f"kernels-{level}-{SOURCES}-" in name]
-    (tmp_path / "wheel" / "kernels.so").write_bytes(libraries.read(name))
-    program = tmp_path / "odd_sizes"
-    source = Path(__file__).with_name("odd_sizes.cpp")
-    command = ["g++", "-std=c++17", "-O1", f"-I{build.FOLDER}", str(source), "-o", str(program)]
-    subprocess.run([*command, f"-L{local.parent}", "-l:kernels.so"], check=True)
+    (tmp_path / "wheel" / "kernels.so").write_bytes(library_in(wheel, level))
+    program = link("g++", local, tmp_path / "odd_sizes")
     outputs = [
         subprocess.run(
             [program],
@@ -330,6 +350,44 @@ def test_a_level_gives_the_bits_of_a_local_build(
         ).stdout
         for name in ("local", "wheel")
     ]
-    line = r"\d+ kernel cases, \d+ checks, 0 failed, outputs [0-9a-f]{16}\n"
-    assert re.fullmatch(line, outputs[0])
+    assert re.fullmatch(OUTPUT, outputs[0])
     assert outputs[0] == outputs[1]
+
+
+OUTPUT = r"\d+ kernel cases, \d+ checks, 0 failed, outputs [0-9a-f]{16}\n"
+
+
+def library_in(wheel: Path, level: str) -> bytes:
+    files = zipfile.ZipFile(wheel)
+    (name,) = [name for name in files.namelist() if f"kernels-{level}-{SOURCES}-" in name]
+    return files.read(name)
+
+
+def link(compiler: str, library: Path, program: Path) -> Path:
+    """A program that checks all kernels of a library over odd sizes."""
+    source = Path(__file__).with_name("odd_sizes.cpp")
+    command = [compiler, "-std=c++17", "-O1", f"-I{build.FOLDER}", str(source), "-o", str(program)]
+    subprocess.run([*command, f"-L{library.parent}", f"-l:{library.name}"], check=True)
+    return program
+
+
+@pytest.mark.slow
+@needs_arm_tools
+def test_the_wheel_for_arm_runs_on_its_processors(arm_wheel: Path, tmp_path: Path) -> None:
+    """All kernels over odd sizes, emulated; test_arm.py compares the bits of such builds."""
+    assert re.search(r"-py3-none-manylinux_2_\d+_aarch64", arm_wheel.name)
+    libraries = [name for name in zipfile.ZipFile(arm_wheel).namelist() if name.endswith(".so")]
+    assert len(libraries) == len(ARM), "auditwheel has added none"
+    assert set(ARM) == set(prebuilt.LEVELS["aarch64"])
+    outputs = {}
+    for level, processor in ARM.items():
+        library = tmp_path / f"{level}.so"
+        library.write_bytes(library_in(arm_wheel, level))
+        assert library.read_bytes()[18:20] == bytes([183, 0]), "an ELF file for AArch64"
+        program = link(ARM_TOOLS[0], library, tmp_path / level)
+        command = [ARM_TOOLS[1], "-cpu", processor, "-L", "/usr/aarch64-linux-gnu"]
+        command += ["-E", f"LD_LIBRARY_PATH={tmp_path}", str(program)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert re.fullmatch(OUTPUT, ended.stdout), ended.stdout
+        outputs[level] = ended.stdout
+    assert outputs["arm"] == outputs["arm-dotprod"] != outputs["arm-bf16"]
