@@ -1,7 +1,8 @@
 """Compiles kernels into a wheel for Linux where GATESKIP_PREBUILT=1: `make wheels`.
 
-The wheel is for this machine, or for that of _PYTHON_HOST_PLATFORM (linux-aarch64, as other tools
-for cross-compiling name it) with its g++ in CXX. All other builds hold no compiled code. They compile their kernels when these are first used.
+The wheel is for this machine, or for the one of _PYTHON_HOST_PLATFORM, as tools for cross-compiling
+call it (linux-aarch64), with its g++ in CXX. All other builds hold no compiled code. They compile
+their kernels when these are first used.
 """
 
 import os
@@ -76,11 +77,10 @@ def compiler() -> str:
 
 
 def require_compiler(machine: str) -> None:
-    """Raise SystemExit where the compiler is missing, or compiles for other processors."""
+    """Raise SystemExit where the compiler is missing, is not GCC, or is for other processors."""
     if shutil.which(compiler()):
-        command = [compiler(), "-dumpmachine"]
-        target = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if target.startswith(machine):
+        about = subprocess.run([compiler(), "-v"], capture_output=True, text=True).stderr
+        if f"Target: {machine}" in about and "gcc version" in about:
             return
     raise SystemExit(f"GATESKIP_PREBUILT=1 needs a g++ for {machine}: name it in CXX")
 

@@ -167,9 +167,7 @@ def _read_back(
     return rounded
 
 
-def _kl(
-    folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]
-) -> float:
+def _kl(folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]) -> float:
     """KL from the predictions of the source's weights to those of the written ones."""
     import torch
 

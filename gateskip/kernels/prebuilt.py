@@ -62,7 +62,7 @@ def features_here() -> frozenset[str]:
     except OSError:
         return frozenset()
     lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
-    return frozenset(lines[0].split()) if lines else frozenset()
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
 
 
 def file_name(level: str, sources: str, library: bytes) -> str:
