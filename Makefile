@@ -89,11 +89,11 @@ sanitize:
 # Needs g++, and for Arm's wheel Debian's g++-aarch64-linux-gnu. libgomp is left out, because torch brings it: two OpenMP
 # libraries in one process do not share threads.
 ARM_CXX ?= aarch64-linux-gnu-g++
-wheels: export GATESKIP_PREBUILT := 1
+ARM     := CXX=$(ARM_CXX) _PYTHON_HOST_PLATFORM=linux-aarch64
 wheels: $(VENV)/.dev
 	rm -rf build/wheels
-	$(BIN)/python -m build --outdir build/wheels
-	if command -v $(ARM_CXX); then CXX=$(ARM_CXX) _PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --outdir build/wheels; \
+	GATESKIP_PREBUILT=1 $(BIN)/python -m build --outdir build/wheels
+	if command -v $(ARM_CXX); then GATESKIP_PREBUILT=1 $(ARM) $(BIN)/python -m build --outdir build/wheels; \
 	  else echo 'No wheel for Arm: $(ARM_CXX) is not installed'; fi
 	for wheel in build/wheels/*.whl; do \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist $$wheel || exit; done
