@@ -41,6 +41,9 @@ Role = Literal[
 Backend = Literal["auto", "reference", "gathered", "native"]
 """What runs a model; `auto` lets the folder decide."""
 
+Device = Literal["cpu", "cuda"]
+"""Where a model is trained, rounded, scored and timed."""
+
 Message = dict[str, Any]
 """From a worker: `progress` [done, total, phase, {detail, numbers}], a piece of `text` that a model
 writes, or an answer: `ok` with `result`, else with `error`, `kind` (a class of `compose.errors`)
@@ -118,6 +121,8 @@ class StageJob:
     """Scratch that survives a kill, for checkpoints in the middle of a stage."""
     asset_cache: Path
     """Where downloaded models and data are kept."""
+    device: Device = "cpu"
+    """Where the stage computes, if it has a path there."""
     progress: Annotated[SkipValidation[Progress], Field(exclude=True)] = silent
     """Called as the work goes on; a stage that only counts passes (done, total, phase). Not part of
     a job file: each process has its own."""
@@ -169,6 +174,8 @@ class CellJob:
     """The text that `peer` is fitted to, where it reads one."""
     learns_from: Sequence[tuple[str, int | None]] = ()
     """Of the baseline only: source and row limit of each text that a stage of the plan reads."""
+    device: Device = "cpu"
+    """Where the cell is scored and timed."""
 
     @property
     def is_baseline(self) -> bool:
@@ -209,6 +216,7 @@ class AnswerJob:
     stop: tuple[str, ...]
     draft_model: Path | None = None
     """The folder of another model that drafts."""
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -224,6 +232,7 @@ class ChatJob:
     seed: int
     draft_model: Path | None = None
     """The folder of another model that drafts."""
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)

@@ -333,6 +333,12 @@ def stored_decode(folder: Path) -> dict[str, Any]:
     return decode
 
 
+NO_CUDA = (
+    "device cuda: torch finds no CUDA device on this machine; use device cpu, or install the"
+    " device's driver and a CUDA build of torch"
+)
+
+
 def load(
     folder: str | Path,
     dtype: str | torch.dtype = "auto",
@@ -381,6 +387,8 @@ def _load(
     """A folder without another model that drafts for it."""
     if backend == "native" and device.type != "cpu":
         raise UnsupportedModel(f"the native backend runs on a CPU, not on {device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModel(NO_CUDA)
     if device.type != "cpu" or backend in ("reference", "gathered"):
         return _in_torch(folder, dtype, "gathered" if backend == "auto" else backend, device)
     return _on_cpu(folder, dtype, backend, rounded)

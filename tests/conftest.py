@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ LONGEST = (
 """Files that take from six minutes to half of one, the longest first."""
 
 
+@cache
+def _has_card() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses the real model as `real`, and that and other engines as `slow`.
@@ -81,6 +89,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("real")
         if item.get_closest_marker("real") or item.get_closest_marker("peers"):
             item.add_marker("slow")
+        if item.get_closest_marker("gpu") and not _has_card():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device: see tools/on_a_gpu.sh"))
     items.sort(key=lambda item: item.get_closest_marker("real") is not None)
     if "PYTEST_XDIST_WORKER" in os.environ:
         begun = {name: number for number, name in enumerate(LONGEST)}

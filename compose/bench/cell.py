@@ -63,16 +63,21 @@ class CellBench:
     def _load(self) -> Decoder:
         job = self.job
         try:
-            decoder: Decoder = gateskip.load(job.folder, job.dtype, job.backend)
+            decoder = self._open(job.folder)
         except UnsupportedModel as error:
             raise StepError(f"{job.backend}: {error}") from error
         if self.draft_model is not None:
             draft = resolve_model(self.draft_model, job.asset_cache).path
             try:
-                decoder.draft_by(gateskip.load(draft, job.dtype, job.backend))
+                decoder.draft_by(self._open(draft))
             except ValueError as error:
                 raise StepError(f"draft_model {self.draft_model}: {error}") from error
         decoder.skipping.kv_cache = self.kv_cache  # of what is scored, too
+        return decoder
+
+    def _open(self, folder: Path) -> Decoder:
+        job = self.job
+        decoder: Decoder = gateskip.load(folder, job.dtype, job.backend, device=job.device)
         return decoder
 
     def load(self) -> dict[str, Any]:

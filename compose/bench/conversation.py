@@ -17,6 +17,7 @@ from compose.bench.generate import (
     stop_token_ids,
 )
 from compose.bench.text_stream import TextStream
+from compose.contract import Device
 from compose.errors import ArtifactError, UserError
 
 if TYPE_CHECKING:
@@ -67,8 +68,9 @@ class Conversation:
         sampling: Mapping[str, Any] | None = None,
         seed: int = 0,
         draft_model: Path | None = None,
+        device: Device = "cpu",
     ) -> None:
-        self.draft_model = draft_model
+        self.draft_model, self.device = draft_model, device
         self.folder, self.max_new_tokens, self.seed = folder, max_new_tokens, seed
         self.budget, self.speculate, self.sampling = budget, speculate, sampling
         self.messages: list[dict[str, str]] = []
@@ -85,6 +87,7 @@ class Conversation:
             budget=self.budget,
             speculate=self.speculate,
             draft_model=self.draft_model,
+            device=self.device,
         )
         if not getattr(self.decoder.tokenizer, "chat_template", None):
             raise ArtifactError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compose.artifacts.folder import is_gated, probe_ids, require_model
 from compose.assets import load_texts
 from compose.bench.text_stream import TextStream, silent
+from compose.contract import Device
 from compose.errors import ArtifactError, AssetError
 from compose.store import read_json
 
@@ -81,6 +82,7 @@ def answer(
     seed: int = 0,
     stop: Sequence[str] = (),
     draft_model: Path | None = None,
+    device: Device = "cpu",
     on_text: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
     """Answer a prompt: the result of `answer_ids`.
@@ -90,7 +92,7 @@ def answer(
     while it is written. Raises ArtifactError as `decode_settings`.
     """
     decoder, settings = open_decoder(
-        folder, budget=budget, speculate=speculate, draft_model=draft_model
+        folder, budget=budget, speculate=speculate, draft_model=draft_model, device=device
     )
     ids = prompt_ids(decoder.tokenizer, prompt)
     stream = TextStream(decoder.tokenizer, on_text)
@@ -114,19 +116,24 @@ def open_decoder(
     budget: float | None = None,
     speculate: bool | None = None,
     draft_model: Path | None = None,
+    device: Device = "cpu",
 ) -> tuple[Decoder, dict[str, Any]]:
-    """A folder's decoder and its decode settings: see `decode_settings`.
+    """A folder's decoder on a device, and its decode settings: see `decode_settings`.
 
-    Raises ArtifactError as `decode_settings`, where the budget was not calibrated, and where the
-    draft model has another vocabulary.
+    Raises ArtifactError as `decode_settings`, where the budget was not calibrated, where the draft
+    model has another vocabulary, and where the folder cannot be decoded on the device.
     """
     import gateskip
+    from gateskip.model.families import UnsupportedModel
 
     settings = decode_settings(folder, budget=budget, speculate=speculate, draft_model=draft_model)
-    decoder = gateskip.load(folder)
+    try:
+        decoder = gateskip.load(folder, device=device)
+    except UnsupportedModel as error:
+        raise ArtifactError(f"{folder} cannot be decoded: {error}") from error
     if draft_model is not None:
         try:
-            decoder.draft_by(gateskip.load(draft_model))
+            decoder.draft_by(gateskip.load(draft_model, device=device))
         except ValueError as error:
             raise ArtifactError(f"{draft_model} cannot draft for {folder}: {error}") from error
     share = settings.get("draft_budget", settings.get("budget"))

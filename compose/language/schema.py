@@ -24,6 +24,7 @@ from pydantic import (
 from compose.artifacts.gguf.file import is_gguf
 from compose.assets.table import TASKS, WRITTEN_TASK
 from compose.bench.peers.table import parse_peer
+from compose.contract import Device
 from compose.errors import UserError, shortened, suggest
 from compose.language.limits import SECTION, Limits
 from compose.language.positions import Error, Loc, Problem, SourceMap
@@ -136,6 +137,11 @@ class Model(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The data type of unquantized weights, in files and in computations. For a GGUF file, the
     default data type is bfloat16."""
+
+    device: Device = "cpu"
+    """The device on which models are trained, rounded, scored and timed: `cpu` or `cuda`. With
+    `device: cuda`, the run is refused if the machine has no CUDA device, or if a variant has packed
+    weights, which are decoded on a CPU. Never run on a GPU."""
 
     @model_validator(mode="before")
     @classmethod

@@ -242,6 +242,7 @@ def speed_settings(plan: Plan, environment: Mapping[str, Any], code: str) -> dic
         "machine": {name: environment.get(name) for name in machine},
         "version": MEASURE_VERSION,
         "code": code,
+        **({"device": environment["device"]} if "device" in environment else {}),
         **({"files": files} if files else {}),
     }
 

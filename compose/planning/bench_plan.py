@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from compose.artifacts.folder import dtype_of, require_model
 from compose.bench.peers.table import is_peer, parse_peer
 from compose.bench.speed.systems import System, parse_system
+from compose.contract import Device
 from compose.errors import UserError
 from compose.language.schema import Benchmark, Model, Pipeline, in_name
 from compose.planning.keys import cell_key, digest, listing
@@ -41,11 +42,12 @@ def bench_plan(
     systems: Sequence[str],
     against: Sequence[str],
     benchmark: dict[str, Any],
+    device: Device = "cpu",
 ) -> Plan:
     """A cell for every folder and system, then the peers on the first folder.
 
     The first folder with the first system is the baseline. `benchmark` are the settings of a
-    pipeline's `benchmark` section.
+    pipeline's `benchmark` section; `device` is where the cells run.
 
     Raises:
         UserError: a folder is no model, a system, a peer, a text or a task is not known, something
@@ -66,7 +68,7 @@ def bench_plan(
         )
     places = [folder.absolute() for folder in folders]
     cells = [
-        _cell(place, label, way, ways)
+        _cell(place, label, way, ways, device)
         for place, label in zip(places, _labels(places), strict=True)
         for way in ways
     ]
@@ -89,7 +91,8 @@ def bench_plan(
     if twice:
         raise UserError(f"{twice[0]} is named twice", fix="name each system and folder once")
     stages = {way.name: stage for way in ways if (stage := decode_stage(way)) is not None}
-    pipeline = _pipeline(name, places[0], {**benchmark, "baseline": cells[0].name})
+    settings = {**benchmark, "baseline": cells[0].name}
+    pipeline = _pipeline(name, places[0], settings, device)
     pipeline = pipeline.model_copy(update={"stages": stages, "matrix": None})
     require_inputs(pipeline)
     if (why := why_no_baseline(cells[0], pipeline.benchmark.quality)) is not None:
@@ -106,9 +109,9 @@ def default_name(folder: Path) -> str:
     return "bench-" + in_name(folder.absolute().name)
 
 
-def _pipeline(name: str, folder: Path, benchmark: dict[str, Any]) -> Pipeline:
+def _pipeline(name: str, folder: Path, benchmark: dict[str, Any], device: Device) -> Pipeline:
     """The settings as a pipeline. Raises UserError, with the option, where one is not valid."""
-    model = Model(source=str(folder), dtype=_known_dtype(folder))
+    model = Model(source=str(folder), dtype=_known_dtype(folder), device=device)
     try:
         checked = Benchmark.model_validate(benchmark)
         return Pipeline(name=name, model=model, benchmark=checked)
@@ -136,7 +139,7 @@ def decode_stage(system: System) -> DecodeStage | None:
         raise UserError(f"system {system.name!r}: {error}", fix="as in draft:0.8+nf4+4") from error
 
 
-def _cell(folder: Path, label: str, way: System, ways: Sequence[System]) -> Cell:
+def _cell(folder: Path, label: str, way: System, ways: Sequence[System], device: Device) -> Cell:
     """A folder decoded in one way; it is compared with the same folder in the same backend."""
     weights, decode = _content_key(folder), decode_stage(way)
     other = None if decode is None else decode.compared_with()
@@ -145,7 +148,7 @@ def _cell(folder: Path, label: str, way: System, ways: Sequence[System]) -> Cell
     return Cell(
         name=label + way.name,
         chain=() if decode is None else (way.name,),
-        key=digest({"cell": cell_key(weights, decode), "backend": backend}),
+        key=digest({"cell": cell_key(weights, decode, device=device), "backend": backend}),
         weights=weights,
         decode=decode,
         plain=label + plain[0].name if decode is not None and plain else None,

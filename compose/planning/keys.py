@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from compose.assets import task_file, text_file
+from compose.contract import Device
 from compose.errors import PlanError
 from compose.hashes import hash_file, remembered_hash
 from compose.language.positions import Loc
@@ -86,6 +87,7 @@ class StepKeys:
                 "seed": seed,
                 "dtype": self._pipeline.model.dtype,
                 "data": {split: self.data_identity(split) for split in stage.reads_data},
+                **_device(self._pipeline.model.device),
             }
         )
 
@@ -97,7 +99,8 @@ class StepKeys:
         text: Mapping[str, Any] | None = None,
     ) -> str:
         """The key of a cell: see `cell_key`."""
-        return cell_key(weights, decode, peer, self._drafts, text)
+        device = self._pipeline.model.device
+        return cell_key(weights, decode, peer, self._drafts, text, device)
 
     def _model_identity(self, source: str) -> dict[str, Any]:
         folder = Path(source)
@@ -142,6 +145,11 @@ class StepKeys:
         return self._files[str(path)]
 
 
+def _device(device: Device) -> dict[str, str]:
+    """The part of a key that names the device; empty for the CPU, which older keys do not name."""
+    return {} if device == "cpu" else {"device": device}
+
+
 def text_hashes(sources: Iterable[str], tasks: Iterable[str] = ()) -> dict[str, str]:
     """Source -> SHA-256 of every text that is a file of this machine, and `task NAME` -> that of
     every task whose questions are such a file; empty where there is none.
@@ -171,13 +179,14 @@ def cell_key(
     peer: str | None = None,
     draft_sha256: Mapping[str, str] | None = None,
     text: Mapping[str, Any] | None = None,
+    device: Device = "cpu",
 ) -> str:
     """The key of the cell with these weights (a step's key) and this decode stage, or run by this
     other engine, which may be fitted to a text. `draft_sha256` has the hash of the model that
     drafts, by its source."""
     pin = (draft_sha256 or {}).get(getattr(decode, "draft_model", None) or "")
     named = {} if pin is None else {"draft_model": pin}
-    recipe: dict[str, Any] = {"weights": weights}
+    recipe: dict[str, Any] = {"weights": weights, **_device(device)}
     recipe["decode"] = None if decode is None else decode.identity(named)
     if peer is not None:
         recipe["peer"] = peer

@@ -193,7 +193,8 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
 
 def step_needs(plan: Plan, step: Step) -> Needs:
     """What making a step's folder needs: the plan's estimate, or its limit where that is less."""
-    limit, gpu = plan.pipeline.limits.step, step.stage is not None and step.stage.on_gpu
+    limit = plan.pipeline.limits.step
+    gpu = _uses_gpu(plan) and step.stage is not None and step.stage.on_gpu
     return Needs(memory=_within(step.memory, limit), gpu=gpu, allowed=_allowed(limit, "step"))
 
 
@@ -202,7 +203,12 @@ def cell_needs(plan: Plan, cell: Cell, store: Store, *, here: bool = False) -> N
     limit, size = plan.pipeline.limits.cell, folder_bytes(plan, cell, store)
     memory = None if size is None else PROCESS_BYTES + FOLDERS_HELD * size
     allowed = _allowed(limit, "cell")
-    return Needs(here=here, memory=_within(memory, limit), allowed=allowed)
+    gpu = _uses_gpu(plan) and cell.peer is None
+    return Needs(here=here, memory=_within(memory, limit), gpu=gpu, allowed=allowed)
+
+
+def _uses_gpu(plan: Plan) -> bool:
+    return plan.pipeline.model.device != "cpu"
 
 
 def folder_bytes(plan: Plan, cell: Cell, store: Store) -> int | None:

@@ -168,6 +168,7 @@ def cell_job(run: RunState, cell: Cell) -> CellJob:
         reference=run.folder.reference(baseline.key),
         threads=pipeline.benchmark.threads,
         learns_from=learns_from(run.plan) if cell is baseline else (),
+        device=pipeline.model.device,
     )
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compose.artifacts.folder import require_model
 from compose.assets import (
     Presence,
     first_available,
@@ -119,7 +120,8 @@ def _fetch(run: RunState, found: Readiness) -> list[Missing]:
 def look(
     plan: Plan, folder: RunFolder, settings: Settings, cells: list[Cell], *, local: bool = True
 ) -> Readiness:
-    """What making and measuring these cells lacks. Nothing is fetched, and no torch is imported.
+    """What making and measuring these cells lacks. Nothing is fetched, and torch is imported only
+    for a device other than the CPU.
 
     `local` tells whether all work is done on this machine, so that its memory counts.
     """
@@ -133,6 +135,7 @@ def look(
     presence = _presence_of_model(plan, made, cache)
     drafts = {source: model_presence(source, cache) for source in _draft_models(left)}
     missing = [
+        *_without_device(plan, cells, steps, left, local=local),
         *(_without_model(plan, cache) if presence == "absent" else ()),
         *_without_drafts([name for name in drafts if drafts[name] == "absent"], cache),
         *_without_texts(texts, cache),
@@ -210,6 +213,59 @@ def _refused(work: Callable[[], object]) -> Iterator[Missing]:
         work()
     except ComposeError as error:
         yield Missing(error.text(), error.fix)
+
+
+ON_CPU = "set device: cpu in the model section"
+COPIES = ("int4", "int3", "int2", "nf4", "int4-head")
+"""Draft copies that only the compiled kernels of a CPU multiply."""
+
+
+def _without_device(
+    plan: Plan, cells: list[Cell], steps: list[Step], left: list[Cell], *, local: bool
+) -> Iterator[Missing]:
+    """The parts of a plan that have no path on its device, and a device that is not here."""
+    device = plan.pipeline.model.device
+    if device == "cpu" or not (steps or left):
+        return
+    if local and not _has_cuda():
+        yield Missing(
+            f"device: {device}: torch finds no CUDA device on this machine",
+            f"{ON_CPU}, or install the device's driver and a CUDA build of torch",
+        )
+    for cell in cells:
+        if (why := _has_no_path(plan, cell)) is not None:
+            yield Missing(
+                f"{cell.name} has no path on {device}: {why}", f"{ON_CPU}, or leave it out"
+            )
+
+
+def _has_no_path(plan: Plan, cell: Cell) -> str | None:
+    """Why a cell cannot run on another device than the CPU; None where it can."""
+    packed = [name for name in cell.chain if _packs(plan.pipeline.stages[name].role)]
+    draft = getattr(cell.decode, "draft_weights", None)
+    if cell.peer is not None:
+        return "other engines are measured on the CPU"
+    if cell.backend == "native":
+        return "the native backend runs on a CPU"
+    if packed:
+        return f"the stage {packed[0]} packs weights, which are decoded on a CPU"
+    folder = None if cell.folder is None else require_model(Path(cell.folder))
+    if plan.pipeline.model.keep_blocks or (folder and folder.get("quantization_config")):
+        return "its weights are packed, and packed weights are decoded on a CPU"
+    if draft in COPIES:
+        return f"draft_weights: {draft} needs the compiled kernels of a CPU"
+    return None
+
+
+def _packs(role: str) -> bool:
+    return role in ("quantize", "head")
+
+
+def _has_cuda() -> bool:
+    """Whether torch, which is imported for this question alone, finds a CUDA device."""
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def _without_model(plan: Plan, cache: Path) -> Iterator[Missing]:

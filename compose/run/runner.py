@@ -119,7 +119,10 @@ def _require_targets(run: RunState) -> None:
 
 def _environment(run: RunState) -> dict[str, Any]:
     """The machine that speed is measured on."""
-    return run.workers.executor.environment(run.plan.pipeline.benchmark.threads)
+    pipeline = run.plan.pipeline
+    machine = run.workers.executor.environment(pipeline.benchmark.threads)
+    device = pipeline.model.device
+    return machine if device == "cpu" else machine | {"device": device}
 
 
 def _with_spread(environment: dict[str, Any]) -> dict[str, Any]:

@@ -172,6 +172,7 @@ def step_job(run: RunState, step: Step, target: Path, check: Path) -> StepJob:
         work=store.work(step.key),
         asset_cache=run.settings.asset_cache.absolute(),
         tensorboard=tensorboard,
+        device=pipeline.model.device,
     )
 
 

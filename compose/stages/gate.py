@@ -137,9 +137,12 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         from gateskip.checkpoint import GateFile, save_gates
         from gateskip.model.norms import has_folded_norms
         from gateskip.quantization.packed_linear import accelerate_linears
-        from gateskip.training.loop import training_device
+        from gateskip.training.loop import refuse_cpu_layers, training_device
 
         model = load_as_stored(job.source, widen=not self._computes_as_stored())
+        if training_device().type != "cpu":
+            refuse_cpu_layers(model, training_device())
+            model.to(training_device())
         train, calibration = self._blocks(job)
         if self.backbone == "frozen":
             model.requires_grad_(False)
@@ -195,7 +198,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         """Initial gates, with the branches' sensitivities where these are needed."""
         from gateskip.calibration.fit_shortcuts import fit_shortcuts
         from gateskip.gates.kinds import make_gates
-        from gateskip.model.families import find_branches
+        from gateskip.model.families import device_of, find_branches
 
         count, width = len(find_branches(model)), model.config.hidden_size
         ranks = self._ranks([branch.kind for branch in find_branches(model)])
@@ -210,9 +213,10 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
             gates = make_gates(self.kind, count, width, sizes, self.scales, self.place)
         else:
             gates = self._read(sizes, model)
-        gates.attach(model)
+        gates.to(device_of(model)).attach(model)
         if (job.work / START).is_file():
-            return gates, restored(gates, ranks, job.work / START)
+            sensitivity = restored(gates, ranks, job.work / START)
+            return gates.to(device_of(model)), sensitivity
         if max(ranks) and gates.shortcuts is None:
             job.progress(0, 1, "fitting shortcuts")
             gates.shortcuts = fit_shortcuts(model, train[:SHORTCUT_BLOCKS], ranks)

@@ -61,12 +61,13 @@ def keep_gates(
 
     from compose.stages.text.split_text import split_blocks
     from gateskip.checkpoint import GateFile, load_gates, save_gates
+    from gateskip.model.families import device_of
 
     file = load_gates(job.source)
     assert file is not None, "a gated folder holds gates"
     stage = _stage_of(file)
     rows = [2 * layer + part for layer in layers for part in (0, 1)]  # attention, MLP
-    gates = file.gates.rows(rows).requires_grad_(False)
+    gates = file.gates.rows(rows).to(device_of(model)).requires_grad_(False)
     gates.attach(model)
     sensitivity = file.sensitivity and [file.sensitivity[row] for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(job.source)

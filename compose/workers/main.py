@@ -45,6 +45,7 @@ from compose.contract import (
     CompressedTensorsJob,
     ContinueJob,
     ConvertJob,
+    Device,
     FetchJob,
     GgufJob,
     InsightJob,
@@ -121,7 +122,7 @@ class _Cell:
             StepError: the cell was not loaded before.
         """
         if command["do"] == "roofline":
-            return measure_roofline(command["threads"])
+            return measure_roofline(command["threads"], self._job.device)
         if command["do"] == "load":
             seed_everything(self._job.seed)
             self._bench = open_bench(self._job, self._progress)
@@ -149,14 +150,14 @@ def return_memory() -> dict[str, Any]:
     return {}
 
 
-def measure_roofline(threads: int) -> dict[str, float]:
-    """What the machine reads and multiplies at most, with so many threads."""
+def measure_roofline(threads: int, device: Device = "cpu") -> dict[str, float]:
+    """What the machine's device reads and multiplies at most, with so many threads."""
     import torch
 
     from compose.bench.speed.measure import roofline
 
     torch.set_num_threads(threads)
-    return roofline()
+    return roofline(device)
 
 
 def open_bench(job: CellJob, progress: Progress) -> CellBench | PeerBench:

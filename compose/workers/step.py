@@ -28,10 +28,11 @@ def run_step(job: StepJob, progress: Progress) -> dict[str, Any]:
     Raises as the stage, or as fetching the source model, does.
     """
     from gateskip.kernels.autotune import by_capability
+    from gateskip.training.loop import training_on
 
     if job.tensorboard is not None:
         progress = written(progress, job.tensorboard)
-    with by_capability():
+    with by_capability(), training_on(job.device):
         return _run_step(replace(job, progress=progress))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.decoding.config import DraftConfig, PhaseSettings, Settings, SkipConfig, grouped
+from gateskip.decoding.device_round import device_round, rounds_on_device
 from gateskip.decoding.draft_cache import DraftCache
 from gateskip.decoding.draft_choice import fastest
 from gateskip.decoding.draft_length import DraftLengthController
@@ -338,7 +339,9 @@ class Decoder:
                     stats.prefill_s += time.perf_counter() - started
                     started = time.perf_counter()
                 limits = phases.answer
-                speculate(self.skipping, rows, drafting, sampler, cache, limits, stats)
+                there = rounds_on_device(self.skipping, drafting, sampler, limits)
+                by = device_round if there else None
+                speculate(self.skipping, rows, drafting, sampler, cache, limits, stats, by)
                 stats.decode_s = time.perf_counter() - started
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         return Generation([row.tokens for row in rows], stats, used)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gateskip.decoding.own_text import OwnText
 from gateskip.model.draft_network import DraftNetwork, frequent
-from gateskip.model.families import UnsupportedModel, embed, logit_cap
+from gateskip.model.families import UnsupportedModel, embed, logit_cap, to_device, to_host
 from gateskip.quantization.dequantize import dense_weight, stored_bits
 from gateskip.quantization.draft_copy import (
     COPIES,
@@ -145,16 +145,33 @@ class LearnedDraft:
         assert request.limit is not None, "a draft has a limit"
         end, by_bin = request.limit
         tokens, probabilities, acceptance = list[int](), list[float](), 1.0
-        cap, state = logit_cap(self._model), state.float()
         while len(tokens) < request.count:
-            last = torch.tensor(tokens[-1] if tokens else request.token, device=state.device)
-            state = self.network(state, embed(self._model, last).float())
-            logits = self._rows @ state
-            shares = (logits if cap is None else torch.tanh(logits / cap) * cap).softmax(-1)
-            best = int(shares.argmax())
-            tokens.append(int(self._tokens[best]))
-            probabilities.append(float(shares[best]))
+            last = to_device([tokens[-1] if tokens else request.token], state.device)[0]
+            token, sure, state = self._step(last, state)
+            numbers = to_host(torch.stack((token.double(), sure.double())))
+            tokens.append(int(numbers[0]))
+            probabilities.append(numbers[1])
             acceptance *= by_bin[min(len(by_bin) - 1, int(probabilities[-1] * len(by_bin)))]
             if acceptance <= end:
                 break
         return SampledTokens(tokens, None, probabilities, tokens)
+
+    @torch.inference_mode()
+    def draft_on_device(self, last: Tensor, state: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """`count` tokens [count] after the token `last` [], and the network's probabilities of
+        them; `state` [H] is the final state before `last`."""
+        tokens, probabilities = list[Tensor](), list[Tensor]()
+        for _ in range(count):
+            last, sure, state = self._step(last, state)
+            tokens.append(last)
+            probabilities.append(sure)
+        return torch.stack(tokens), torch.stack(probabilities)
+
+    def _step(self, last: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next token [], the network's probability of it [], and its state [H]."""
+        cap = logit_cap(self._model)
+        state = self.network(state.float(), embed(self._model, last).float())
+        logits = self._rows @ state
+        shares = (logits if cap is None else torch.tanh(logits / cap) * cap).softmax(-1)
+        sure, best = shares.max(-1)
+        return self._tokens.index_select(0, best.view(1))[0], sure, state

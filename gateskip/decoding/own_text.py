@@ -77,5 +77,5 @@ def fingerprint(model: Any, thresholds: Thresholds) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().flatten()
         some = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].contiguous()
-        digest.update(some.view(torch.uint8).numpy().tobytes())
+        digest.update(some.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -12,9 +12,10 @@ from torch import Tensor
 from gateskip.decoding.config import MAX_DRAFT
 from gateskip.decoding.phases import Phases
 from gateskip.decoding.rows import Row
-from gateskip.decoding.sampling import Sampler, draw
+from gateskip.decoding.sampling import GREEDY, Sampler, draw, draw_on_device
 from gateskip.decoding.stats import Stats
 from gateskip.model.compute import Usage
+from gateskip.model.families import to_device, to_host
 from gateskip.runtime.backend import Cache
 from gateskip.runtime.skipping import SkippingModel
 
@@ -79,6 +80,9 @@ def commit_next(
 ) -> None:
     """Commit one token to every row that has not ended. logits [B, V]."""
     decoder, sampling = model.row_decoder, sampler.draws
+    if logits.device.type != "cpu" and sampler.native:
+        _commit_from_device(rows, logits, sampler)
+        return
     for row, of_row in zip(rows, logits, strict=True):
         if row.ended:
             continue
@@ -86,3 +90,16 @@ def commit_next(
             row.commit([decoder.draw(of_row, sampling, row.uniform())])
         else:
             row.commit([draw(sampler.distribution(of_row, row.text), row.generator)])
+
+
+def _commit_from_device(rows: Sequence[Row], logits: Tensor, sampler: Sampler) -> None:
+    """The same where tokens are chosen on the device, and read together."""
+    if sampler == GREEDY:
+        chosen = logits.argmax(-1)
+    else:
+        uniform = [0.0 if row.ended else row.uniform() for row in rows]
+        places = to_device(torch.tensor(uniform, dtype=torch.float64), logits.device)
+        chosen = draw_on_device(sampler.probs(logits), places)
+    for row, token in zip(rows, to_host(chosen), strict=True):
+        if not row.ended:
+            row.commit([token])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import abi, ops
+from gateskip.model.families import to_cpu, to_device, to_host
 from gateskip.runtime.backend import Sampling
 
 Distribution = int | Tensor
@@ -85,11 +86,19 @@ class Sampler:
             return ops.distribution(logits.float().contiguous(), abi.Sampling(*self.draws))
         scores = logits.float().unsqueeze(0)
         if self._chain:
-            ids = torch.tensor([list(context)], device=logits.device)
+            ids = to_device([list(context)], logits.device)
             scores = self._chain(ids, scores)
         if self.temperature == 0:
-            return int(scores.argmax(-1))
+            return int(to_host(scores.argmax(-1))[0])
         return torch.softmax(scores[0], -1)
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The distributions [..., V] after logits [..., V], where they do not depend on the text:
+        `draws` is not None."""
+        assert self.draws is not None, "greedy, or with processors that read the text"
+        scores = logits.float().flatten(0, -2)
+        scores = self._chain(torch.empty(0), scores) if self._chain else scores
+        return torch.softmax(scores, -1).view(logits.shape)
 
     def distributions(
         self, logits: Tensor, context: Sequence[int], draft: Sequence[int]
@@ -99,7 +108,7 @@ class Sampler:
         logits [K + 1, V]: row i predicts the token after i drafted tokens.
         """
         if self.temperature == 0 and not self._chain:
-            yield from logits.argmax(-1).tolist()
+            yield from to_host(logits.argmax(-1))
             return
         for i, row in enumerate(logits):
             yield self.distribution(row, [*context, *draft[:i]])
@@ -112,7 +121,8 @@ def draw(distribution: Distribution, generator: torch.Generator) -> int:
     """A token from a distribution."""
     if isinstance(distribution, int):
         return distribution
-    return int(torch.multinomial(distribution, 1, generator=generator))
+    # a seed draws the same tokens on every device
+    return int(torch.multinomial(to_cpu(distribution), 1, generator=generator))
 
 
 def accept_or_resample(
@@ -140,7 +150,7 @@ def accept_or_resample(
 def _probability(distribution: Distribution, token: int) -> float:
     if isinstance(distribution, int):
         return float(distribution == token)
-    return float(distribution[token])
+    return float(to_host(distribution[token : token + 1])[0])
 
 
 def _residual(target: Distribution, source: Distribution) -> Distribution:
@@ -153,3 +163,56 @@ def _residual(target: Distribution, source: Distribution) -> Distribution:
     else:
         left = (target - source).clamp_min(0)
     return left / left.sum()
+
+
+# -- on a device other than the CPU: nothing is asked of it ------------------------------------
+
+
+def draw_on_device(probs: Tensor, uniform: Tensor) -> Tensor:
+    """A token [N] of each distribution [N, V], by numbers [N] from 0 to 1."""
+    summed = probs.double().cumsum(-1)
+    goal = (uniform * summed[:, -1]).unsqueeze(-1)
+    place = torch.searchsorted(summed, goal, right=True).squeeze(-1)
+    return place.clamp_max(probs.shape[-1] - 1)
+
+
+def match_on_device(drafted: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How many drafted tokens [B] are accepted greedily, and the token [B] that follows them.
+
+    drafted [B, K], of which each row has `lengths` [B]; targets [B, K + 1] are argmax tokens.
+    """
+    right = (drafted == targets[:, :-1]) & _within(drafted, lengths)
+    accepted = right.long().cumprod(-1).sum(-1)
+    return accepted, targets.gather(1, accepted.unsqueeze(1)).squeeze(1)
+
+
+def accept_on_device(
+    drafted: Tensor, lengths: Tensor, targets: Tensor, drawn_from: Tensor | None, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rule of `accept_or_resample` for all rows at once: accepted tokens [B], the next [B].
+
+    drafted [B, K], of which each row has `lengths` [B], drawn from the distributions `drawn_from`
+    [B, K, V], or certain (None); targets [B, K + 1, V]; uniform [B, K + 1], numbers from 0 to 1.
+    """
+    count, chosen = drafted.shape[1], drafted.unsqueeze(-1)
+    if not count:
+        return torch.zeros_like(lengths), draw_on_device(targets[:, 0], uniform[:, 0])
+    if drawn_from is None:
+        drawn_from = torch.zeros_like(targets[:, 1:]).scatter_(-1, chosen, 1.0)
+    p, q = (part.gather(-1, chosen).squeeze(-1) for part in (targets[:, :-1], drawn_from))
+    right = (uniform[:, :-1] * q < p) & _within(drafted, lengths)
+    accepted = right.long().cumprod(-1).sum(-1)
+    target = _row_at(targets, accepted)
+    residual = (target - _row_at(drawn_from, accepted.clamp_max(count - 1))).clamp_min(0)
+    probs = torch.where((accepted < lengths).unsqueeze(1), residual, target)
+    return accepted, draw_on_device(probs, uniform[:, -1])
+
+
+def _within(drafted: Tensor, lengths: Tensor) -> Tensor:
+    """Which of drafted [B, K] are in the first `lengths` [B] of their row."""
+    return torch.arange(drafted.shape[1], device=drafted.device) < lengths.unsqueeze(1)
+
+
+def _row_at(x: Tensor, places: Tensor) -> Tensor:
+    """x [B, N, V] at places [B] -> [B, V]."""
+    return x.gather(1, places.view(-1, 1, 1).expand(-1, 1, x.shape[-1])).squeeze(1)

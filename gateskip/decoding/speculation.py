@@ -10,8 +10,9 @@ overwritten in turn. Another model has its own cache: see draft_cache.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ from gateskip.decoding.draft_models import LearnedDraft
 from gateskip.decoding.rows import Row, Tokens
 from gateskip.decoding.sampling import GREEDY, Distribution, Sampler, accept_or_resample, draw
 from gateskip.decoding.stats import Stats
+from gateskip.model.families import to_device, to_host
 from gateskip.runtime.backend import (
     Cache,
     DraftLimit,
@@ -62,7 +64,8 @@ class Draft:
         self.tokens.append(draw(distribution, row.generator))
         self.drawn_from.append(distribution)
         if controller is not None:
-            self.probabilities.append(float(torch.softmax(logits.float(), -1)[self.tokens[-1]]))
+            token, shares = self.tokens[-1], torch.softmax(logits.float(), -1)
+            self.probabilities += to_host(shares[token : token + 1])
             self.acceptance *= controller.expected(self.probabilities[-1])
             if self.acceptance <= controller.min_acceptance():
                 self.limit = len(self.tokens)
@@ -95,7 +98,7 @@ class Drafting:
 
     def make(self, rows: list[Row], sampler: Sampler, cache: Cache) -> list[Draft]:
         """A draft for every row: looked up where the text repeats itself, otherwise decoded."""
-        drafts = self._begin(rows)
+        drafts = self.begin(rows)
         if self.network is not None:
             for draft, row in zip(drafts, rows, strict=True):
                 self._by_network(self.network, draft, row, sampler)
@@ -105,7 +108,7 @@ class Drafting:
             return drafts
         growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.limit]
         while growing:
-            unread = [self._unread(draft, row) for draft, row in growing]
+            unread = [draft.tokens[-1:] or self.unread(row) for draft, row in growing]
             states = self.model.decode(
                 unread,
                 cache if self.own_cache is None else self.own_cache.cache,
@@ -116,16 +119,15 @@ class Drafting:
                 ],
                 self.thresholds,
             )
-            last = torch.tensor(list(map(len, unread)), device=states.device).cumsum(0) - 1
-            for (draft, row), logits in zip(growing, self.model.head(states[last]), strict=True):
+            last = to_device([end - 1 for end in accumulate(map(len, unread))], states.device)
+            logits_of_rows = self.model.head(states.index_select(0, last))
+            for (draft, row), logits in zip(growing, logits_of_rows, strict=True):
                 draft.extend(logits, row, sampler, self.controller)
             growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.limit]
         return drafts
 
-    def _unread(self, draft: Draft, row: Row) -> Tokens:
-        """The tokens that the draft model reads to draft one more."""
-        if draft.tokens:
-            return draft.tokens[-1:]
+    def unread(self, row: Row) -> Tokens:
+        """The tokens that the draft model reads to draft a row's first one."""
         return [row.last] if self.own_cache is None else self.own_cache.missing(row)
 
     def _in_one_call(self, draft: Draft, row: Row, sampler: Sampler, cache: Cache) -> None:
@@ -158,7 +160,8 @@ class Drafting:
             return DraftLimit(0.0, [1.0])  # draft on, whatever it is
         return DraftLimit(self.controller.min_acceptance(), self.controller.acceptance_by_bin)
 
-    def _begin(self, rows: list[Row]) -> list[Draft]:
+    def begin(self, rows: list[Row]) -> list[Draft]:
+        """The drafts that look-up proposes, and empty ones with the number of tokens to draft."""
         left = [row.stops.limit - len(row.tokens) - 1 for row in rows]  # verifying adds one more
         drafts: list[Draft | None] = [None] * len(rows)
         if self.lookup:
@@ -225,6 +228,10 @@ class Drafting:
                 controller.waited()
 
 
+MakeRound = Callable[[SkippingModel, list[Row], Drafting, Sampler, Cache, Limits], Round]
+"""The signature of `_round`."""
+
+
 def speculate(
     model: SkippingModel,
     rows: list[Row],
@@ -233,14 +240,19 @@ def speculate(
     cache: Cache,
     limits: Limits,
     stats: Stats,
+    round_of: MakeRound | None = None,
 ) -> None:
-    """Draft, verify, commit, each row by its own number of tokens, until all have ended."""
+    """Draft, verify, commit, each row by its own number of tokens, until all have ended.
+
+    `round_of` makes a round of some rows where it is not one native call; by default step by step.
+    """
+    round_of = round_of or _round
     in_one_call = sampler.native and model.speculates(limits) and drafting.native()
     while live := [row for row in rows if not row.ended]:
         if in_one_call and len(live) == 1:
             rounds = rounds_of_row(model, live[0], drafting, sampler, cache, limits)
         else:
-            rounds = [_round(model, live, drafting, sampler, cache, limits)]
+            rounds = [round_of(model, live, drafting, sampler, cache, limits)]
         for done in rounds:
             drafting.observe(done)
             stats.add_round(done)

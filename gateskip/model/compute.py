@@ -99,6 +99,10 @@ class Usage:
         for window in self.windowed:
             self.windowed[window] += attended(start, count, window)
 
+    def enter(self, branch: int, tokens: Any) -> None:
+        """Count tokens that entered a branch: a number, or a tensor of one."""
+        self.kept[branch] += int(tokens)
+
     def mean_context(self, window: int | None) -> float:
         """Slots that a token attended to on average, in layers of a window."""
         return (self.context if window is None else self.windowed[window]) / self.seen

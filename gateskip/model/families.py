@@ -8,7 +8,7 @@ read the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -205,6 +205,28 @@ def device_of(model: Any) -> torch.device:
     embedding = model.get_input_embeddings()
     held: Tensor = next(chain(embedding.parameters(), embedding.buffers()))
     return held.device
+
+
+def to_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on a device; the host does not wait for the copy."""
+    tensor = torch.as_tensor(values, device="cpu")
+    if device.type == "cpu":
+        return tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from pageable memory would block
+    return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> list[Any]:
+    """The numbers of a tensor. On a device other than the CPU the host waits for them: decoding
+    asks here alone, for the tokens of a step or round, and for counts when a call ends."""
+    numbers: list[Any] = tensor.tolist()
+    return numbers
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """The same for a tensor that is used as one."""
+    return tensor.cpu()
 
 
 def final_norm(model: Any) -> Any:

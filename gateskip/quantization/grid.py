@@ -50,6 +50,11 @@ class Grid:
         """The code of the value zero in a symmetric grid."""
         return middle(self.bits)
 
+    def cpu(self) -> Grid:
+        """The grid on the CPU."""
+        minimum = None if self.minimum is None else self.minimum.cpu()
+        return Grid(self.codes.cpu(), self.scale.cpu(), minimum, self.bits)
+
     def offset(self) -> Tensor | None:
         """The values of the middle code [n, groups]; None where they are zero."""
         return None if self.minimum is None else self.minimum + self.middle * self.scale

@@ -67,7 +67,8 @@ def round_layers(
             yield from rounded if finished is None else finished.kept(number, rounded)
         else:
             for name, each in known.items():
-                model.get_submodule(name).weight.data = each.grid.weight()
+                weight = model.get_submodule(name).weight
+                weight.data = each.grid.weight().to(weight.device)
             yield from known.items()
         passes.finish()
         if let_go:
@@ -181,7 +182,7 @@ def _round_readers(
             whole = round_to_grid(torch.cat(weights), squares, how.bits, how.group, how.offset)
         grids = whole.split([len(weight) for weight in weights])
         for name, weight, grid in zip(names, weights, grids, strict=True):
-            done[name] = Rounded(grid, output_error(weight, moments, grid))
+            done[name] = Rounded(grid.cpu(), output_error(weight, moments, grid))
             chosen[name][0].weight.data = grid.weight()
     return done
 

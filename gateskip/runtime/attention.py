@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gateskip.model.families import to_device
 from gateskip.model.projections import AttentionShape
 from gateskip.model.reference import attend, causal
 from gateskip.runtime.kv_cache import EVEN
@@ -76,22 +77,23 @@ def attend_padded(
     shape: AttentionShape,
     rows: Sequence[int] | None = None,
     from_zero: bool = False,
+    used: int | None = None,
 ) -> Tensor:
     """The result of `attend_rows`, by torch's fused attention under a mask: for accelerators.
 
-    `from_zero` says that every row brings its tokens from slot 0 on without a gap, so that no mask
-    is needed.
+    `used` is the number of keys to look at, by default up to the last slot. `from_zero` says that
+    every row brings its tokens from slot 0 on without a gap, so that no mask is needed.
     """
-    device, most = queries.device, max(counts)
-    count = torch.tensor(list(counts), device=device)
-    row = torch.repeat_interleave(torch.arange(len(counts), device=device), count)
+    device, most, total = queries.device, max(counts), sum(counts)
+    count = to_device(counts, device)
+    row = torch.arange(len(counts), device=device).repeat_interleave(count, output_size=total)
     column = torch.arange(len(row), device=device) - (count.cumsum(0) - count)[row]
     padded = queries.new_zeros(len(counts), most, *queries.shape[1:])
     padded[row, column] = queries[: len(row)]
-    used = int(slots.max()) + 1
+    used = int(slots.max()) + 1 if used is None else used
     keys, values = kv
     if rows is not None:
-        index = torch.tensor(list(rows), device=device)
+        index = to_device(rows, device)
         keys, values = keys.index_select(0, index), values.index_select(0, index)
     visible = None
     if not from_zero:

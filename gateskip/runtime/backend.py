@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple, Protocol, Self, TypeVar, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from gateskip.model.compute import Usage
+from gateskip.model.families import to_host
 from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
 
@@ -259,8 +261,8 @@ class Backend(Protocol[CacheT]):
     ) -> tuple[list[list[int]], Tensor]:
         """As `decode`: the argmax token after each of `tokens`, and the states [N, H]."""
         states = self.decode(tokens, cache, rows, starts, thresholds)
-        chosen = self.logits(states).argmax(-1)
-        return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
+        chosen = iter(to_host(self.logits(states).argmax(-1)))
+        return [list(islice(chosen, len(ids))) for ids in tokens], states
 
     def sample(
         self, request: SampleRequest, place: tuple[CacheT, int, int], thresholds: PassThresholds

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from gateskip.model.compute import BranchCost, branch_costs
+from gateskip.model.families import to_device
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 
 NARROWEST, WIDEST = 16, 64  # positions between two updates
@@ -107,16 +108,16 @@ class BudgetControl:
         if cache.drift is None:
             cache.drift = torch.zeros(cache.batch, cache.capacity, dtype=torch.long, device=device)
         blocks = [block_of(start) for start in starts]
-        firsts, widths = torch.tensor(blocks, device=device).unbind(1)  # [rows]
+        firsts, widths = to_device(blocks, device).unbind(1)  # [rows]
         places = torch.arange(cache.capacity, device=device)
-        drift = cache.drift[torch.tensor(list(rows), device=device)]
+        drift = cache.drift[to_device(rows, device)]
         past = drift.masked_fill(places >= firsts.unsqueeze(1), 0).sum(1)
         tokens = past.double() / UNIT
         requested = self.budget + tokens / widths.clamp(min=MADE_UP)
         step = ((requested - self.low) / (self.high - self.low) * (STEPS - 1)).round()
         values = self.curve[step.clamp(0, STEPS - 1).long()]
-        values[requested >= 1] = NEVER_SKIP
-        weights = torch.tensor([shares(self.costs, block) for block in blocks], device=device)
+        values = values.masked_fill((requested >= 1).unsqueeze(1), NEVER_SKIP)
+        weights = to_device([shares(self.costs, block) for block in blocks], device)
         entered = torch.zeros(len(blocks), width, dtype=torch.long, device=device)
         return RowThresholds(values, weights, entered)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gateskip.gates.base import Gates
-from gateskip.model.families import Branch, final_norm
+from gateskip.model.families import Branch, final_norm, to_device
 from gateskip.model.projections import BY_TORCH, Steps
 from gateskip.quantization.formats import has_packed, weight_format
 from gateskip.quantization.packed_linear import streaming
@@ -100,7 +100,8 @@ class TorchOperations:
         if self.device.type == "cpu":
             return partial(attend_rows, kv=kv, shape=shape, rows=rows)
         from_zero = whole and batch.from_zero and shape.window is None
-        return partial(attend_padded, kv=kv, shape=shape, rows=rows, from_zero=from_zero)
+        how: dict[str, Any] = {"rows": rows, "used": seen.used, "from_zero": from_zero}
+        return partial(attend_padded, kv=kv, shape=shape, **how)
 
     def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
         """hidden [B, S, H] at flat places [N] += added [N, H], in place."""
@@ -141,15 +142,30 @@ class GatheredBackend(GatheredPass, Backend[KVCache]):
     ) -> Tensor:
         """See `Backend.decode`: all rows in one pass, padded to the one with most tokens."""
         lengths = [len(row) for row in tokens]
-        ids = torch.zeros(len(tokens), max(lengths), dtype=torch.long)
-        for number, row in enumerate(tokens):
-            ids[number, : len(row)] = torch.tensor(list(row))
-        ids = ids.to(self.operations.device)
+        columns = max(lengths)
+        padded = [[*row, *[0] * (columns - len(row))] for row in tokens]
+        ids = to_device(padded, self.operations.device)
+        hidden = self.step(ids, cache, rows, starts, thresholds, lengths).flatten(0, 1)
+        if min(lengths) == columns:
+            return hidden
+        real = [i * columns + j for i, length in enumerate(lengths) for j in range(length)]
+        return hidden.index_select(0, to_device(real, hidden.device))
+
+    def step(
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: PassThresholds = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """As `decode`, with ids [B, S] on the model's device -> final states [B, S, H]; of
+        right-padded rows `lengths` gives the real tokens."""
         some = None if list(rows) == list(range(cache.batch)) else tuple(rows)
         batch = Batch.of(ids, starts, lengths, some, decoding=True)
         with streaming():
-            hidden = self.run(ids, cache, batch, thresholds)
-        return hidden.flatten(0, 1) if batch.real is None else hidden[batch.real]
+            return self.run(ids, cache, batch, thresholds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Backend.logits`."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from gateskip.gates.base import Gates
 from gateskip.kernels.abi import Entering
 from gateskip.model.compute import Usage
-from gateskip.model.families import Branch, embed, final_norm, find_branches, head
+from gateskip.model.families import Branch, embed, final_norm, find_branches, head, to_device
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.projections import (
     AttentionShape,
@@ -35,6 +35,7 @@ from gateskip.model.projections import (
 from gateskip.runtime.backend import PassThresholds
 from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import EVEN, KVCache, KVFormat, KVLayout, Place, Visible
+from gateskip.runtime.on_device import DeviceUsage, attend_all, chosen_outputs
 
 Attend = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 """(queries [N, heads, D], number of queries in each row, their slots [N]) -> [N, heads * D]."""
@@ -133,7 +134,8 @@ class GatheredPass:
         self.branches = find_branches(model)
         self.layout = KVLayout(model, tuple(operations.shapes.values()), kv_rule)
         self.kv_cache: KVFormat = "model"
-        self.usage = Usage.of(model)
+        self.on_cpu = final_norm(model).weight.device.type == "cpu"
+        self.usage = (Usage if self.on_cpu else DeviceUsage).of(model)
         self.gated = True
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -190,8 +192,12 @@ class GatheredPass:
                 continue
             x, logits = operations.read(branch, source)  # [B, S, H], [B, S]
             keep = self._entering(branch, x, logits, batch, threshold)  # [B, S] or None for all
-            self._note(branch, thresholds, batch.tokens if keep is None else int(keep.sum()), keep)
+            entering = batch.tokens if keep is None else keep.sum()
+            self._note(branch, thresholds, entering, keep)
             entered, scale = self._scaled(branch, x, thresholds)
+            if batch.decoding and not self.on_cpu:
+                self._add_to_all(branch, hidden, x, entered, ropes, cache, batch, keep, scale)
+                continue
             with operations.entering(branch, batch.slots.numel()):
                 if branch.kind == "mlp":
                     self._add_mlp(branch, hidden, entered, batch, keep, scale)
@@ -221,10 +227,10 @@ class GatheredPass:
         return keep if batch.real is None else keep & batch.real
 
     def _note(
-        self, branch: Branch, thresholds: PassThresholds, count: int, keep: Tensor | None
+        self, branch: Branch, thresholds: PassThresholds, count: int | Tensor, keep: Tensor | None
     ) -> None:
         """Add `count` tokens to a branch's usage: those of keep [B, S], or all."""
-        self.usage.kept[branch.index] += count
+        self.usage.enter(branch.index, count)
         if isinstance(thresholds, RowThresholds):
             thresholds.count(branch.index, keep)
 
@@ -311,6 +317,37 @@ class GatheredPass:
         output = self.operations.leave(branch, project_out(branch, mixed, self.operations.steps))
         hidden += output if scale is None else output * scale
 
+    def _add_to_all(
+        self,
+        branch: Branch,
+        hidden: Tensor,
+        x: Tensor,
+        entered: Tensor,
+        ropes: Mapping[str, tuple[Tensor, Tensor]],
+        cache: KVCache,
+        batch: Batch,
+        keep: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        """A branch in a step on a device, computed for all tokens: see on_device.py. x [B, S, H] is
+        its input, `entered` the same after gates that scale inputs."""
+        operations = self.operations
+        if branch.kind == "mlp":
+            output = operations.mlp(branch, entered.flatten(0, 1)).view_as(x)
+        else:
+            rope, place, shape = ropes[branch.rope], batch.place, operations.shapes[branch.index]
+            queries, keys, values = project_inputs(branch, entered, rope, operations.steps)
+            if keep is None or self.kv_rule == "project" or branch.layer == 0:
+                seen = cache.store(branch.layer, place, keys, values)
+            else:
+                cache.copy_below(branch.layer, place)
+                cache.put_where(branch.layer, place, keep, keys, values)
+                seen = cache.visible(branch.layer, place)
+            mixed = attend_all(queries.to(self.dtype), seen, shape).to(x.dtype)
+            output = operations.leave(branch, project_out(branch, mixed, operations.steps))
+        output = output if scale is None else output * scale
+        hidden += output if keep is None else chosen_outputs(self.gates, branch, x, output, keep)
+
     def _store(
         self,
         branch: Branch,
@@ -389,14 +426,15 @@ class Batch:
         every branch from column `full_from` on."""
         count, columns = input_ids.shape
         lengths = [columns] * count if lengths is None else lengths
-        steps = torch.arange(columns, device=input_ids.device)
-        first = torch.tensor(list(starts), device=input_ids.device).unsqueeze(1)
+        device = input_ids.device
+        steps = torch.arange(columns, device=device)
+        first = to_device(starts, device).unsqueeze(1)
         padded = min(lengths) < columns
-        real = steps < torch.tensor(list(lengths), device=input_ids.device).unsqueeze(1)
+        real = steps < to_device(lengths, device).unsqueeze(1)
         same = rows is None and len(set(starts)) == 1
         always = first + steps < ANCHORS
         if full_from is not None:
-            always |= steps >= torch.tensor(list(full_from), device=always.device).unsqueeze(1)
+            always |= steps >= to_device(full_from, device).unsqueeze(1)
         return cls(
             place=Place(
                 slots=first + steps,
@@ -404,6 +442,7 @@ class Batch:
                 together=slice(starts[0], starts[0] + columns) if same else None,
                 used=max(starts) + columns,
                 lengths=tuple(lengths),
+                starts=tuple(starts),
             ),
             real=real if padded else None,
             always=always,
@@ -421,6 +460,8 @@ def thresholds_at(thresholds: PassThresholds, branch: int) -> float | Tensor | N
         return None
     if isinstance(thresholds, RowThresholds):
         by_row = thresholds.values[:, branch : branch + 1]
+        if by_row.device.type != "cpu":  # the host does not ask
+            return by_row
         return None if bool((by_row == NEVER_SKIP).all()) else by_row
     return None if thresholds[branch] == NEVER_SKIP else thresholds[branch]
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from gateskip.model.families import Rope, final_norm, rope_at
+from gateskip.model.families import Rope, final_norm, rope_at, to_device
 from gateskip.model.projections import AttentionShape
 from gateskip.runtime.huge_pages import prefer
 
@@ -99,11 +99,12 @@ class Place:
     together: slice | None  # the positions, where all rows of the cache have the same
     used: int  # positions up to the last one
     lengths: tuple[int, ...]  # real tokens of each row, padding on the right
+    starts: tuple[int, ...]  # the first position of each row
 
-    @property
+    @cached_property
     def row_index(self) -> Tensor:
         """Cache rows [B, 1], to index with beside `slots`."""
-        return torch.tensor(self.row_numbers, device=self.slots.device).unsqueeze(1)
+        return to_device(self.row_numbers, self.slots.device).unsqueeze(1)
 
     @property
     def row_numbers(self) -> list[int]:
@@ -223,6 +224,18 @@ class KVCache:
             else:
                 store[index], scales[index] = to_int8(part)
 
+    def put_where(
+        self, layer: int, place: Place, keep: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Keys and values [B, S, kv_heads, D] at the tokens that keep [B, S] marks; the layer has a
+        slot for every position."""
+        index, marked = (place.row_index, slice(None), place.slots), keep.unsqueeze(-1)
+        for store, scales, part in self._stores(layer, keys, values):
+            new, new_scales = (part.to(store.dtype), None) if scales is None else to_int8(part)
+            store[index] = torch.where(marked.unsqueeze(-1), new, store[index])
+            if scales is not None and new_scales is not None:
+                scales[index] = torch.where(marked, new_scales, scales[index])
+
     def visible(self, layer: int, place: Place) -> Visible:
         """The visible keys and values of a layer that has a slot for every position."""
         keys, values = self.keys[layer], self.values[layer]
@@ -270,9 +283,11 @@ class KVCache:
         S, kv_heads, D] of the place."""
         window = self.windows[layer]
         assert window is not None, "only layers with a window have fewer slots than positions"
-        starts, count = place.slots[:, :1], place.slots.shape[1]
-        first = (starts + 1 - window).clamp_min(0) // TOGETHER * TOGETHER  # [B, 1]
-        most, shifted = int((starts - first).max()), place.slots - first
+        count = place.slots.shape[1]
+        firsts = [max(start + 1 - window, 0) // TOGETHER * TOGETHER for start in place.starts]
+        most = max(start - of_row for start, of_row in zip(place.starts, firsts, strict=True))
+        first = to_device(firsts, place.slots.device).unsqueeze(1)  # [B, 1]
+        shifted = place.slots - first
         earlier = (first + torch.arange(most, device=first.device)) % self.slots[layer]
         old = (place.row_index, slice(None), earlier)  # [B, most]
         new = (torch.arange(len(keys), device=first.device).unsqueeze(1), slice(None), shifted)
@@ -361,7 +376,8 @@ def from_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _last(place: Place, slots: int) -> tuple[Tensor, Tensor]:
     """Rows and columns [N] of the last real tokens of a pass, at most `slots` of each row."""
-    column = torch.arange(place.slots.shape[1], device=place.slots.device)
-    length = torch.tensor(place.lengths, device=place.slots.device).unsqueeze(1)
-    row, last = ((column < length) & (column >= length - slots)).nonzero(as_tuple=True)
-    return row, last
+    column = torch.arange(place.slots.shape[1])
+    length = torch.tensor(place.lengths).unsqueeze(1)
+    last = ((column < length) & (column >= length - slots)).nonzero()
+    row, column = to_device(last.T, place.slots.device)
+    return row, column

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from gateskip.gates.base import Gates
 from gateskip.model.compute import Usage
-from gateskip.model.families import Branch, UnsupportedModel, final_norm, find_branches, head
+from gateskip.model.families import (
+    Branch,
+    UnsupportedModel,
+    final_norm,
+    find_branches,
+    head,
+    to_device,
+)
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.formats import weight_format
@@ -28,6 +35,7 @@ from gateskip.runtime.backend import (
 )
 from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
+from gateskip.runtime.on_device import DeviceUsage
 
 TOKEN_BYTES = 8
 
@@ -75,7 +83,7 @@ class ReferenceBackend(Backend[TokenCache]):
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
         self.branches = find_branches(model)
-        self.usage = Usage.of(model)
+        self.usage = (Usage if self.device.type == "cpu" else DeviceUsage).of(model)
         self.gated = True
         self.kv_cache: KVFormat = "model"
 
@@ -157,7 +165,7 @@ class ReferenceBackend(Backend[TokenCache]):
             if isinstance(thresholds, RowThresholds):
                 limits = thresholds.values[number]
             elif thresholds is not None:
-                limits = torch.tensor(list(thresholds), device=self.device)
+                limits = to_device(list(thresholds), self.device)
             cache.tokens[row][start:] = ids
             skipping = len(ids) if full_from is None else min(max(full_from[number], 0), len(ids))
             never = None if limits is None else torch.full_like(limits, NEVER_SKIP)
@@ -177,7 +185,7 @@ class ReferenceBackend(Backend[TokenCache]):
         if not count:
             width: int = self.model.config.hidden_size
             return torch.zeros(0, width, dtype=self.dtype, device=self.device), entered[start:]
-        batch = torch.tensor([ids], device=self.device)
+        batch = to_device([ids], self.device)
         self.usage.saw(start, count)
         skipping = [row is not None for row in limits]
         gates = self.gates if skipping[-1] or self.gated else None
@@ -193,6 +201,6 @@ class ReferenceBackend(Backend[TokenCache]):
 
         states = masked_forward(self.model, batch, gates, rule, self.kv_rule)[0, start:]
         entered[:ANCHORS] = True
-        counts = entered[start:].sum(0).tolist()
-        self.usage.kept = [a + b for a, b in zip(self.usage.kept, counts, strict=True)]
+        for branch, count in enumerate(entered[start:].sum(0)):
+            self.usage.enter(branch, count)
         return states, entered[start:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from gateskip.gates.base import Gates
 from gateskip.model.compute import Usage
-from gateskip.model.families import UnsupportedModel, final_norm, find_branches
+from gateskip.model.families import UnsupportedModel, final_norm, find_branches, to_host
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.runtime.backend import (
@@ -33,7 +34,7 @@ from gateskip.runtime.backend import (
 from gateskip.runtime.budget_control import BudgetControl, Budgets, is_narrow, next_width
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.gathered import GatheredBackend
-from gateskip.runtime.kv_cache import KV_FORMATS, KVFormat
+from gateskip.runtime.kv_cache import KV_FORMATS, KVCache, KVFormat
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.reference import ReferenceBackend
 
@@ -228,6 +229,29 @@ class SkippingModel:
         self._count_full(thresholds, sum(map(len, tokens)))
         return self.backend.decode(tokens, cache, rows, starts, thresholds)
 
+    @property
+    def steps_on_device(self) -> bool:
+        """Whether `step` is available: on a device other than the CPU."""
+        return self.device.type != "cpu" and isinstance(self.backend, GatheredBackend)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        ids: Tensor,
+        cache: Cache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: Thresholds = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """As `decode`, with token ids [B, S] on the model's device -> final states [B, S, H]; see
+        `GatheredBackend.step`. The host asks the device nothing."""
+        backend = self.backend
+        assert isinstance(backend, GatheredBackend), "ask `steps_on_device`"
+        assert isinstance(cache, KVCache), "the backend's own"
+        self._count_full(thresholds, ids.numel() if lengths is None else sum(lengths))
+        return backend.step(ids, cache, rows, starts, thresholds, lengths)
+
     @torch.inference_mode()
     def argmax(
         self,
@@ -240,8 +264,8 @@ class SkippingModel:
         """As `decode`: the argmax token after each, and the states [N, H]."""
         if isinstance(thresholds, BudgetControl):
             states = self._control_decode(tokens, cache, rows, starts, thresholds)
-            chosen = self.head(states).argmax(-1)
-            return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
+            chosen = iter(to_host(self.head(states).argmax(-1)))
+            return [list(islice(chosen, len(ids))) for ids in tokens], states
         self._count_full(thresholds, sum(map(len, tokens)))
         return self.backend.argmax(tokens, cache, rows, starts, thresholds)
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,23 @@ def precision(setting: str) -> str:
     return "bf16" if is_fast_in_bfloat16(training_device().type) else "no"
 
 
+_chosen: ContextVar[str | None] = ContextVar("training_device", default=None)
+
+
+@contextmanager
+def training_on(device: str) -> Iterator[None]:
+    """Within this context fine-tunes run on this device."""
+    token = _chosen.set(device)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 def training_device() -> torch.device:
-    """The device that fine-tunes run on: the CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that fine-tunes run on: that of `training_on`; elsewhere the CUDA device if there
+    is one, else the CPU."""
+    return torch.device(_chosen.get() or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def refuse_cpu_layers(model: nn.Module, device: torch.device) -> None:

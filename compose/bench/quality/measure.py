@@ -100,7 +100,7 @@ class QualityBench:
         return record
 
     def _dense_head(self) -> Head:
-        return load_head(self.job.baseline_folder)
+        return load_head(self.job.baseline_folder, self.job.device)
 
     # -- running text --------------------------------------------------------------------------
 
@@ -156,7 +156,8 @@ class QualityBench:
         other = OTHER_TYPE.get(self.job.dtype)
         if other is None or self.decoder.arithmetic.weights != self.job.dtype:
             return {}
-        model = Scored(gateskip.load(self.job.folder, other, self.job.backend), None)
+        job = self.job
+        model = Scored(gateskip.load(job.folder, other, job.backend, device=job.device), None)
         scores = score_blocks(model, blocks, (hidden, self._dense_head()))
         floor = {
             "dtype": other,

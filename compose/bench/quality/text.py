@@ -244,8 +244,9 @@ def load_blocks(stored: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
     return stored["hidden"]
 
 
-def load_head(folder: Path) -> Head:
-    """The LM head of a model folder, read without the rest of the model unless it is packed.
+def load_head(folder: Path, device: str = "cpu") -> Head:
+    """The LM head of a model folder on a device, read without the rest of the model unless it is
+    packed.
 
     It multiplies in float32 whatever the weights' type: rounding logits to bfloat16 would add to
     the KL.
@@ -262,6 +263,7 @@ def load_head(folder: Path) -> Head:
         weight = _unpacked_head(folder)
     if weight is None:
         raise StepError(f"{folder} has none of the weights {', '.join(dict.fromkeys(names))}")
+    weight = weight.to(device)
     softcap = config.get("final_logit_softcapping")
     scale = config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
 

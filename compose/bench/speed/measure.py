@@ -191,13 +191,14 @@ def dense_work(folder: Path) -> Work:
 READ_BYTES, GEMM_SIZE = 1 << 28, 1024
 
 
-def roofline() -> dict[str, float]:
-    """Bytes read from memory (GB/s) and multiply-adds of a GEMM (GFLOP/s), best of a few tries."""
-    data = torch.ones(READ_BYTES // 4)
+def roofline(device: str = "cpu") -> dict[str, float]:
+    """Bytes read from a device's memory (GB/s) and multiply-adds of a GEMM (GFLOP/s), best of a few
+    tries."""
+    data = torch.ones(READ_BYTES // 4, device=device)
     read = min(_seconds(data.sum) for _ in range(5))
     limits = {"memory_gb_per_s": READ_BYTES / read / 1e9}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        a = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
+        a = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype, device=device)
         spent = min(_seconds(partial(torch.matmul, a, a)) for _ in range(3))
         limits[f"gemm_{name}_gflop_per_s"] = 2 * GEMM_SIZE**3 / spent / 1e9
     return limits
@@ -205,5 +206,6 @@ def roofline() -> dict[str, float]:
 
 def _seconds(work: Callable[[], Tensor]) -> float:
     started = time.perf_counter()
-    work()
+    if work().is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - started

@@ -105,6 +105,7 @@ def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tens
 
     assert job.calibration is not None, "pruning reads the calibration split"
     model = load_as_stored(job.source, widen=thresholds_from_decoding(job.source))
+    model = model if job.device == "cpu" else model.to(job.device)
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     limit = min(job.calibration.limit, limit or job.calibration.limit)
     return model, split_blocks(job, "calibration", tokenizer, limit=limit).to(model.device)

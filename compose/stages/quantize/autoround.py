@@ -136,7 +136,7 @@ class AutoRound(Stage):
             seqlen=blocks.shape[1],
             nsamples=len(rows),
             batch_size=min(self.batch, len(rows)),
-            device_map="cuda" if torch.cuda.is_available() else "cpu",
+            device_map=job.device,
             amp=not exact,
             enable_torch_compile=False,  # a compiled graph rounds differently
             low_cpu_mem_usage=False,

@@ -115,7 +115,7 @@ def quantize_by_gptqmodel(stage: GptqSettings, job: StageJob, blocks: Tensor) ->
         format="gptq" if stage.sym else "gptq_v2",
         offload_to_disk=True,  # each layer is loaded only for its turn
         offload_to_disk_path=str(job.work.resolve() / "layers"),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=job.device,
     )
     source = str(job.source.resolve())  # read from elsewhere, too, see below
     model: Any = GPTQModel.load(

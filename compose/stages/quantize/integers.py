@@ -239,6 +239,8 @@ class Integers(Stage):
         grids = self._embedding(job)  # first: a refusal comes before minutes of work
         whole = self.allocate is not None  # which measures the rounded model
         model = load_model(job.source, "float32" if whole else stored_dtype(job.source))
+        if job.device != "cpu":
+            model, blocks = model.to(job.device), blocks.to(job.device)
         how, measured = self._settings(job), blocks[:0]
         record: dict[str, Any] = {"bits": self.bits, "blocks": len(blocks)}
         if self.allocate is not None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from compose.terminal.commands.options import AsEvents, KeepBlocks, Out, Quiet
+from compose.terminal.commands.options import AsEvents, DeviceName, KeepBlocks, Out, Quiet
 from compose.terminal.commands.pipelines import settings_of_run
 
 QUALITY = "Options of quality"
@@ -181,6 +181,7 @@ def bench(
         typer.Option(metavar="NAME", help="Name of the run; bench-FOLDER by default."),
     ] = None,
     keep_blocks: KeepBlocks = False,
+    device: DeviceName = "cpu",
     out: Out = Path("runs"),
     quiet: Quiet = False,
     json_lines: AsEvents = False,
@@ -188,6 +189,7 @@ def bench(
     """Measure and compare the speed of models, ways of decoding and other inference engines.
     With --quality, the command also measures quality."""
     from compose.assets import default_cache
+    from compose.contract import Device
     from compose.planning.bench_plan import bench_plan, default_name
     from compose.processes.executors import make_executor
     from compose.processes.source_folder import as_folders
@@ -214,7 +216,8 @@ def bench(
     )
     folders = as_folders(folders, default_cache(), keep_blocks=keep_blocks)
     title = name or default_name(folders[0])
-    planned = bench_plan(title, folders, systems or [], against or [], benchmark)
+    where = cast(Device, device)
+    planned = bench_plan(title, folders, systems or [], against or [], benchmark, where)
     result = run_shown(
         planned,
         settings_of_run(out, again=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from compose.terminal.commands.options import (
     AsJson,
     BlocksOrNot,
     Budget,
+    DeviceName,
     DraftModel,
     MaxNewTokens,
     ModelFolder,
@@ -36,16 +37,19 @@ def chat(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    device: DeviceName = "cpu",
     keep_blocks: BlocksOrNot = None,
 ) -> None:
     """Chat with a model in the terminal."""
-    from compose.contract import ChatJob
+    from compose.contract import ChatJob, Device
     from compose.terminal.chat import chat as chat_with
 
     folder = as_folder(folder, keep_blocks)
     draft = None if draft_model is None else as_folder(draft_model, None)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed, draft))
+    where = cast(Device, device)
+    job = ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed, draft, where)
+    chat_with(job)
 
 
 def generate(
@@ -68,10 +72,11 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Also print decode speed, settings and token counts.")
     ] = False,
+    device: DeviceName = "cpu",
     keep_blocks: BlocksOrNot = None,
 ) -> None:
     """Answer one prompt with a model."""
-    from compose.contract import AnswerJob
+    from compose.contract import AnswerJob, Device
     from compose.processes.worker_process import ask_once
     from compose.terminal.chat import show_text
     from compose.terminal.show import stats_text
@@ -90,6 +95,7 @@ def generate(
             seed=seed,
             stop=tuple(stop or ()),
             draft_model=draft,
+            device=cast(Device, device),
         ),
         show_text if streams else None,
     )

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from compose.errors import UserError
 from compose.terminal.meant import refuse_model
+
+DEVICES = ("cpu", "cuda")
 
 
 def words(*choices: str) -> Callable[[], list[str]]:
@@ -27,6 +30,13 @@ def no_model_name(ctx: typer.Context, folder: Path) -> Path:
     if not folder.is_dir():
         refuse_model(str(folder), f"`gateskip {ctx.info_name}` takes the folder of a run")
     return folder
+
+
+def known_device(name: str) -> str:
+    """The name of a device. UserError for another one."""
+    if name not in DEVICES:
+        raise UserError(f"--device {name}: no such device", fix=f"name {' or '.join(DEVICES)}")
+    return name
 
 
 PipelineFile = Annotated[
@@ -66,6 +76,16 @@ Workers = Annotated[
         min=1,
         help="Maximum number of processes that run at the same time. With --workers 1, one"
         " process uses all cores.",
+    ),
+]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Where the model runs: cpu or cuda (never run on a GPU).",
+        autocompletion=words(*DEVICES),
+        callback=known_device,
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only failures and the result.")]
