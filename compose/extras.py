@@ -32,6 +32,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "ray": ("ray",),
     "tensorboard": ("tensorboard",),
     "autoround": ("auto_round",),
+    "gpu": ("triton",),
     "serve": ("llguidance", "prometheus_client", "starlette", "uvicorn"),
 }
 """Top-level import names by the extra of pyproject.toml that installs them.

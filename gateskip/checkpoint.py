@@ -32,6 +32,7 @@ from gateskip.kernels import autotune
 from gateskip.model.draft_network import load_network
 from gateskip.model.families import UnsupportedModel, find_branches
 from gateskip.quantization.folders import load_model
+from gateskip.quantization.gpu_linear import pack_for_gpu
 from gateskip.quantization.head import INT8, head_format, round_head
 from gateskip.quantization.packed_embedding import pack_embedding
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
@@ -364,6 +365,8 @@ def load(
 
     Raises:
         FormatError: the gates are damaged, or belong to another version or another model.
+        ModuleNotFoundError: weights packed as integers are for a CUDA device, and Triton is not
+            installed; the message names the extra.
         UnsupportedModel: the architecture is not supported, or the backend cannot run the model on
             this device.
         ValueError: the draft model has another vocabulary.
@@ -397,10 +400,11 @@ def _load(
 def _in_torch(
     folder: Path, dtype: str | torch.dtype, backend: BackendName, device: torch.device
 ) -> Decoder:
-    """A folder whose weights stay as transformers loaded them."""
-    model, file = load_model(folder, dtype), load_gates(folder)
-    if device.type != "cpu" and getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModel(f"packed weights are decoded on a CPU, not on {device}")
+    """A folder whose weights stay as transformers loaded them; integer grids get kernels on a CUDA
+    device, but not with `reference`, which unpacks them by torch."""
+    model, file = load_model(folder, dtype, device), load_gates(folder)
+    if device.type == "cuda" and backend == "gathered":
+        pack_for_gpu(model)
     if head_format(folder) == INT8:
         round_head(model)
     gates, kv_rule = _gates(folder, file, model)

@@ -21,12 +21,17 @@ import torch
 
 from gateskip.errors import FormatError
 from gateskip.extras import need
+from gateskip.model.families import UnsupportedModel
 from gateskip.quantization.grid_linear import METHOD
 
 QUANTIZER = "gptq"
 END = ".qweight"  # of the tensor that has a layer's codes
-LIBRARIES = {QUANTIZER: ("optimum", "gptqmodel"), "bitsandbytes": ("accelerate", "bitsandbytes")}
+BITSANDBYTES = "bitsandbytes"
+LIBRARIES = {QUANTIZER: ("optimum", "gptqmodel"), BITSANDBYTES: ("accelerate", BITSANDBYTES)}
 """Libraries that transformers loads packed weights with, by `quant_method`."""
+ON_CUDA = (METHOD, BITSANDBYTES)
+"""Formats of packed weights with kernels for CUDA devices."""
+CPU = torch.device("cpu")
 
 
 _MADE_ANEW = re.compile(r"\.(g_idx|bias)$")
@@ -34,24 +39,33 @@ _MADE_ANEW = re.compile(r"\.(g_idx|bias)$")
 layer's inputs, and biases of zero."""
 
 
-def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
-    """A transformers causal LM from a folder, in evaluation mode.
+def load_model(
+    folder: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device = CPU,
+) -> Any:
+    """A transformers causal LM from a folder, in evaluation mode. `device` is that of
+    bitsandbytes' weights; other models load on the CPU.
 
     Raises ModuleNotFoundError, with the extra's name, where its packed weights need a library that
     is not installed.
     Raises FormatError where a tensor is missing, or has another shape than the config says.
+    Raises UnsupportedModel where weights of this format do not run on the device.
     """
     from transformers import AutoModelForCausalLM
 
     from gateskip.quantization.hf_quantizer import register
 
     packed: str = _quantization(folder).get("quant_method", "")
+    _refuse_device(packed, device)
     need(f"{folder}: loading {packed} weights", *LIBRARIES.get(packed, ()))
     if packed == METHOD:
         register()
     loaded_type = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     # Quantizers themselves refuse packed tensors of another shape
-    options = {} if packed else {"ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {} if packed else {"ignore_mismatched_sizes": True}
+    if packed == BITSANDBYTES:  # which takes a CUDA device by itself
+        options["device_map"] = {"": device}
     with mixed_bits() if is_mixed(folder) else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=loaded_type, output_loading_info=True, **options
@@ -62,6 +76,13 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
         info = {"missing_keys": [n for n in missing if ours or not _MADE_ANEW.search(n)]}
     _refuse_random(folder, info)
     return loaded[0].eval()
+
+
+def _refuse_device(packed: str, device: torch.device) -> None:
+    """UnsupportedModel for weights, packed by a method, without kernels for the device."""
+    supported = not packed or device.type == "cpu" or (device.type == "cuda" and packed in ON_CUDA)
+    if not supported:
+        raise UnsupportedModel(f"{packed} weights are decoded on a CPU, not on {device}")
 
 
 def _refuse_random(folder: str | Path, info: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gateskip.model.families import backbone
+from gateskip.quantization.gpu_linear import GpuEmbedding, GpuLinear
 from gateskip.quantization.grid_linear import GridEmbedding, GridLinear
 from gateskip.quantization.head import RoundedHead
 from gateskip.quantization.packed_embedding import PackedEmbedding
@@ -23,7 +24,7 @@ def weight_format(model: Any) -> str:
             counts[name] += int(module.in_features) * int(module.out_features)
     names = [name for name, _ in counts.most_common()]
     embedding = model.get_input_embeddings()
-    if isinstance(embedding, GridEmbedding | PackedEmbedding):
+    if isinstance(embedding, GridEmbedding | PackedEmbedding | GpuEmbedding):
         names.append(f"embedding and LM head {embedding.bits} bits in groups of {embedding.group}")
     if isinstance(model.get_output_embeddings(), RoundedHead):
         names.append("LM head 8 bits in groups of 32")
@@ -39,7 +40,7 @@ def _format(module: nn.Module) -> str | None:
     """The format of one linear layer; None for any other module."""
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         return None
-    if isinstance(module, GridLinear):
+    if isinstance(module, GridLinear | GpuLinear):
         return f"{module.bits} bits in groups of {module.group}"
     if isinstance(module, PackedLinear):
         kind = "4-bit codebook" if module.book is not None else f"{module.bits} bits"

@@ -26,6 +26,7 @@ PACKAGES = ("gateskip", "compose", "reports")
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "gateskip": (),
+    "gateskip/kernels/gpu": ("gpu",),
     "gateskip/training": ("compress",),
     "compose": ("compress",),
     "compose/stages/quantize": ("compress", "autoround"),

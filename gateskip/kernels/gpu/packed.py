@@ -1,0 +1,245 @@
+"""Triton kernels that multiply by packed integer weights on a GPU.
+
+Codes are uint8 [out, in * bits / 8], 4 bits with the even input's code in the lower half of a byte,
+or 8 bits. Scales and minima are [out, in / group], bfloat16 or float16. A weight is scale * code +
+minimum, or scale * (code - 2**(bits - 1)) without minima; this is exact to one rounding in float32.
+
+This is the order of the file: along a row. Lanes of a warp read neighbouring bytes of one row, so
+that loads are coalesced, and a warp sums whole rows, so that no output needs a second pass or an
+atomic addition. With codes along columns, few outputs would leave most of a GPU idle.
+
+Sizes of tiles were chosen by the compiler's report of registers and spills; no card was available.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+FEW_ROWS = 8  # that a product takes without writing the weights to memory
+WIDTHS = (4, 8)  # bits of a code
+GROUPS = (32, 64, 128)  # weights that share a scale
+# Of one warp, which needs no barrier: two rows of weights, 16 codes a lane.
+OUTPUTS, INPUTS, WARPS = 2, 512, 1
+# Of a block that unpacks weights
+UNPACKED_OUTPUTS, UNPACKED_INPUTS, UNPACKING_WARPS = 4, 1024, 4
+
+
+@triton.jit
+def _weights(
+    codes: Any,
+    scale: Any,
+    minimum: Any,
+    n_at: Any,
+    n: Any,
+    group_at: Any,
+    groups: Any,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MIDDLE: tl.constexpr,
+) -> Any:
+    """The float32 weights [outputs, groups, GROUP] of outputs n_at and groups group_at; those
+    outside the matrix are zero."""
+    BYTES: tl.constexpr = GROUP * BITS // 8
+    inside = (n_at < n)[:, None] & (group_at < groups)[None, :]
+    at = n_at.to(tl.int64)[:, None] * groups + group_at[None, :]
+    places = at[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :]
+    code = tl.load(codes + places, mask=inside[:, :, None], other=0)
+    if BITS == 4:
+        pairs = tl.join(code & 15, code >> 4)
+        code = tl.reshape(pairs, [n_at.shape[0], group_at.shape[0], GROUP])
+    step = tl.load(scale + at, mask=inside, other=0).to(tl.float32)
+    if minimum is None:
+        lowest = -MIDDLE * step
+    else:
+        lowest = tl.load(minimum + at, mask=inside, other=0).to(tl.float32)
+    return code.to(tl.float32) * step[:, :, None] + lowest[:, :, None]
+
+
+@triton.jit
+def multiply_kernel(
+    x: Any,
+    codes: Any,
+    scale: Any,
+    minimum: Any,
+    bias: Any,
+    out: Any,
+    n: Any,
+    groups: Any,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """out [ROWS, n] = x [ROWS, groups * GROUP] times the weights, plus bias [n]. A program computes
+    OUTPUTS outputs of all rows, from GROUPS groups at a time; sums are float32."""
+    n_at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    sums = (tl.zeros([OUTPUTS, GROUPS], tl.float32),) * ROWS
+    for first in range(0, groups, GROUPS):
+        group_at = first + tl.arange(0, GROUPS)
+        weights = _weights(codes, scale, minimum, n_at, n, group_at, groups, BITS, GROUP, MIDDLE)
+        at = group_at[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        for row in tl.static_range(ROWS):
+            inputs = tl.load(
+                x + row * groups * GROUP + at, mask=(group_at < groups)[:, None], other=0
+            )
+            more = tl.sum(weights * inputs.to(tl.float32)[None], 2)
+            sums = sums[:row] + (sums[row] + more,) + sums[row + 1 :]  # noqa: RUF005
+    for row in tl.static_range(ROWS):
+        total = tl.sum(sums[row], 1)
+        if bias is not None:
+            total += tl.load(bias + n_at, mask=n_at < n, other=0).to(tl.float32)
+        tl.store(out + row * n + n_at, total.to(out.dtype.element_ty), mask=n_at < n)
+
+
+@triton.jit
+def unpack_kernel(
+    codes: Any,
+    scale: Any,
+    minimum: Any,
+    out: Any,
+    n: Any,
+    groups: Any,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """out [n, groups * GROUP] = the weights, rounded to out's type. A program unpacks one tile of
+    OUTPUTS rows and GROUPS groups."""
+    n_at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    group_at = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    weights = _weights(codes, scale, minimum, n_at, n, group_at, groups, BITS, GROUP, MIDDLE)
+    inside = (n_at < n)[:, None] & (group_at < groups)[None, :]
+    at = (n_at.to(tl.int64)[:, None] * groups + group_at[None, :]) * GROUP
+    places = at[:, :, None] + tl.arange(0, GROUP)[None, None, :]
+    tl.store(out + places, weights.to(out.dtype.element_ty), mask=inside[:, :, None])
+
+
+@torch.library.custom_op(
+    "gateskip::multiply_packed",
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int bits,"
+    " int middle) -> Tensor",
+)
+def _multiply(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    middle: int,
+) -> Tensor:
+    n, groups = scale.shape
+    group = x.shape[1] // groups
+    out = x.new_empty(len(x), n)
+    if len(x):
+        with torch.cuda.device_of(x):
+            multiply_kernel[(triton.cdiv(n, OUTPUTS),)](
+                x,
+                codes,
+                scale,
+                minimum,
+                bias,
+                out,
+                n,
+                groups,
+                BITS=bits,
+                GROUP=group,
+                MIDDLE=middle,
+                ROWS=len(x),
+                OUTPUTS=OUTPUTS,
+                GROUPS=INPUTS // group,
+                num_warps=WARPS,
+            )
+    return out
+
+
+@_multiply.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    middle: int,
+) -> Tensor:
+    return x.new_empty(len(x), len(scale))
+
+
+@torch.library.custom_op(
+    "gateskip::unpack",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scale, Tensor? minimum, int bits, int middle, ScalarType dtype)"
+    " -> Tensor",
+)
+def unpack(
+    codes: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bits: int,
+    middle: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weights [out, in] in a type."""
+    n, groups = scale.shape
+    k = codes.shape[1] * 8 // bits
+    group = k // groups
+    out = codes.new_empty(n, k, dtype=dtype)
+    at_once = UNPACKED_INPUTS // group
+    with torch.cuda.device_of(codes):
+        unpack_kernel[(triton.cdiv(n, UNPACKED_OUTPUTS), triton.cdiv(groups, at_once))](
+            codes,
+            scale,
+            minimum,
+            out,
+            n,
+            groups,
+            BITS=bits,
+            GROUP=group,
+            MIDDLE=middle,
+            OUTPUTS=UNPACKED_OUTPUTS,
+            GROUPS=at_once,
+            num_warps=UNPACKING_WARPS,
+        )
+    return out
+
+
+@unpack.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bits: int,
+    middle: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(len(codes), codes.shape[1] * 8 // bits, dtype=dtype)
+
+
+def multiply(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    middle: int,
+) -> Tensor:
+    """x [rows, in] -> [rows, out], in x's type; see the file for the other tensors.
+
+    Up to FEW_ROWS rows meet weights in float32, which are never written to memory. For more rows
+    the weights are written in x's type, and torch multiplies by them.
+    """
+    if len(x) <= FEW_ROWS:
+        return _multiply(x.contiguous(), codes, scale, minimum, bias, bits, middle)
+    weight = unpack(codes, scale, minimum, bits, middle, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

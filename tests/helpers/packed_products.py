@@ -1,0 +1,130 @@
+"""Products by packed weights on a GPU's kernels, compared with torch's: on a device, or run as a
+program in Triton's interpreter, which has to be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gateskip.quantization.gpu_linear import GpuLinear
+from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
+
+SUMS = 1e-6
+"""Bound of a float32 sum's error, as a share of the sum of the absolute values."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product: the numbers of bits, group size, groups, outputs and rows, and what it has."""
+
+    bits: int
+    group: int
+    groups: int
+    outputs: int
+    rows: int
+    minimum: bool = True
+    bias: bool = False
+    dtype: str = "float32"
+    stored: str = "bfloat16"
+
+    def __str__(self) -> str:
+        sizes = f"{self.bits} bits {self.outputs}x{self.groups}*{self.group} {self.rows} rows"
+        return f"{sizes} {self.dtype}{' bias' * self.bias}{' minimum' * self.minimum}"
+
+
+CASES = (
+    Case(4, 32, 1, 1, 1, bias=True),
+    Case(4, 32, 17, 15, 2),
+    Case(4, 64, 9, 17, 7, bias=True),
+    Case(4, 128, 5, 33, 3, minimum=False),
+    Case(4, 32, 3, 17, 8, dtype="bfloat16"),
+    Case(4, 128, 3, 15, 9, bias=True),
+    Case(4, 64, 2, 33, 9, dtype="bfloat16", bias=True),
+    Case(8, 32, 17, 17, 3, minimum=False, bias=True),
+    Case(8, 64, 9, 1, 8, minimum=False),
+    Case(8, 128, 5, 15, 7, minimum=False, dtype="bfloat16"),
+    Case(8, 128, 1, 33, 1, minimum=False, bias=True),
+    Case(8, 32, 5, 33, 9, minimum=False),
+    Case(3, 32, 5, 15, 2, stored="float16"),
+    Case(6, 64, 3, 17, 1, minimum=False, stored="float16", bias=True),
+)
+
+
+def layer_of(case: Case) -> GpuLinear:
+    """A layer of random codes, scales and minima."""
+    random = torch.Generator().manual_seed(0)
+    sizes = (case.outputs, case.groups)
+    k = case.groups * case.group
+    codes = torch.randint(0, 1 << case.bits, (case.outputs, k), generator=random)
+    scale = exact_scale(torch.rand(sizes, generator=random) / (1 << case.bits) + 1e-3)
+    low = -torch.rand(sizes, generator=random) * (1 << case.bits) * scale
+    low = exact_minimum(low, scale, case.bits) if case.minimum else None
+    bias = torch.randn(case.outputs, generator=random) if case.bias else None
+    grid = Grid(codes.to(torch.uint8), scale, low, case.bits)
+    return GpuLinear(grid, bias, getattr(torch, case.stored))
+
+
+def measured(case: Case, device: str) -> dict[str, Any]:
+    """The largest error of a product, as a share of what is allowed, and whether the unpacked
+    weights are the grid's, bit by bit."""
+    from gateskip.kernels.gpu.packed import FEW_ROWS, unpack
+
+    dtype, layer = getattr(torch, case.dtype), layer_of(case)
+    weight = layer.grid().weight()
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(case.rows, layer.in_features, generator=random).to(dtype)
+    layer = layer.to(device)
+    with torch.no_grad():
+        out = layer(x.to(device))
+    assert out.dtype == dtype and out.shape == (case.rows, case.outputs)
+    used = weight if case.rows <= FEW_ROWS else weight.to(dtype)
+    parts = (layer.codes, layer.scale, layer.minimum, layer.width, layer.middle)
+    unpacked = [unpack(*parts, type_).cpu() for type_ in (torch.float32, torch.bfloat16)]
+    return {
+        "case": str(case),
+        "error": _error(out.cpu(), x, used, None if layer.bias is None else layer.bias.cpu()),
+        "exact": torch.equal(unpacked[0], weight) and torch.equal(unpacked[1], weight.bfloat16()),
+    }
+
+
+def _error(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """The largest error as a share of the bound: SUMS of the absolute products, and one rounding to
+    out's type. Torch's product is in float64."""
+    exact, bias = x.double(), None if bias is None else bias.double()
+    expected = F.linear(exact, weight.double(), bias)
+    size = F.linear(exact.abs(), weight.double().abs(), None if bias is None else bias.abs())
+    bound = SUMS * size + torch.finfo(out.dtype).eps * expected.abs()
+    return float(((out.double() - expected).abs() / bound).max())
+
+
+def of_a_model(folder: str, device: str) -> dict[str, Any]:
+    """Logits of a folder of grids on these kernels against those of unpacked weights, as a share of
+    their spread: of a prompt in one pass, and then token by token."""
+    from gateskip.quantization.folders import load_model
+    from gateskip.quantization.gpu_linear import pack_for_gpu
+    from gateskip.runtime.skipping import SkippingModel
+
+    ids = torch.tensor([[5, 9, 2, 31, 7, 11, 3, 8, 40, 21]], device=device)
+    model = load_model(folder, "float32").to(device)
+    with torch.inference_mode():
+        expected = model(ids).logits[0]
+        replaced = pack_for_gpu(model)
+        backend = SkippingModel(model.to(device), None).backend
+        cache = backend.new_cache(1, ids.shape[1])
+        prompt = backend.prefill(ids[:, :-1], cache, [0])
+        answer = backend.decode([[int(ids[0, -1])]], cache, [0], [ids.shape[1] - 1])
+        logits = backend.logits(torch.cat((prompt[0, -1:], answer)))
+    error = (logits - expected[-2:]).abs().max() / expected.std()
+    return {"replaced": replaced, "error": float(error)}
+
+
+if __name__ == "__main__":
+    found = {"cases": [measured(case, "cpu") for case in CASES], "model": None}
+    found["model"] = of_a_model(sys.argv[1], "cpu")
+    print(json.dumps(found))
