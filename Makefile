@@ -6,6 +6,7 @@
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make wheels        wheels for Linux with compiled kernels, for x86-64 and Arm, and the source distribution, in dist
 #   make arm           the compiled kernels over odd sizes on three kinds of Arm processors, emulated
+#   make gpu-interpreted  the kernels for GPUs: in Triton's interpreter, and compiled without a card
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (20 minutes)
@@ -29,7 +30,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow check sanitize arm wheels fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
+.PHONY: help quickstart test test-slow check sanitize arm gpu-interpreted wheels fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -68,7 +69,7 @@ test: $(VENV)/.dev
 
 # Engines whose environments are made where they are missing. The larger ones are for peers-test.
 ENGINES ?= compressed-tensors
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.dev gpu-interpreted
 	GATESKIP_BUILD_PEERS=$(ENGINES) $(PYTEST) -m slow $(ARGS)
 
 check: $(VENV)/.dev
@@ -110,6 +111,14 @@ arm:
 	    tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp $(KERNELS)/*/*.cpp -o build/arm/$$level; \
 	  $(QEMU) -cpu $$(basename $$kind) build/arm/$$level build/arm/$$level.outputs; \
 	done
+
+# Triton takes a gigabyte, so that make test skips these tests where it is missing.
+$(VENV)/.gpu: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu]'
+	@touch $@
+
+gpu-interpreted: $(VENV)/.gpu
+	$(BIN)/python -m pytest tests/gateskip/kernels/gpu
 
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev

@@ -71,8 +71,8 @@ def layer_of(case: Case) -> GpuLinear:
 
 
 def measured(case: Case, device: str) -> dict[str, Any]:
-    """The largest error of a product, as a share of what is allowed, and whether the unpacked
-    weights are the grid's, bit by bit."""
+    """The largest error of a product, as a share of what is allowed; whether the weights unpacked in
+    float32 are the grid's, bit by bit; and whether those in bfloat16 are these rounded, or cut."""
     from gateskip.kernels.gpu.packed import FEW_ROWS, unpack
 
     dtype, layer = getattr(torch, case.dtype), layer_of(case)
@@ -83,14 +83,22 @@ def measured(case: Case, device: str) -> dict[str, Any]:
     with torch.no_grad():
         out = layer(x.to(device))
     assert out.dtype == dtype and out.shape == (case.rows, case.outputs)
-    used = weight if case.rows <= FEW_ROWS else weight.to(dtype)
     parts = (layer.codes, layer.scale, layer.minimum, layer.width, layer.middle)
-    unpacked = [unpack(*parts, type_).cpu() for type_ in (torch.float32, torch.bfloat16)]
+    unpacked, small = (unpack(*parts, type_).cpu() for type_ in (torch.float32, torch.bfloat16))
+    used = weight if case.rows <= FEW_ROWS or dtype == torch.float32 else small
+    bias = None if layer.bias is None else layer.bias.cpu()
     return {
         "case": str(case),
-        "error": _error(out.cpu(), x, used, None if layer.bias is None else layer.bias.cpu()),
-        "exact": torch.equal(unpacked[0], weight) and torch.equal(unpacked[1], weight.bfloat16()),
+        "error": _error(out.cpu(), x, used, bias),
+        "exact": torch.equal(unpacked, weight),
+        "rounded": torch.equal(small, weight.bfloat16()),
+        "cut": torch.equal(small.float(), _cut(weight)),
     }
+
+
+def _cut(weight: Tensor) -> Tensor:
+    """Float32 without the bits that bfloat16 lacks: Triton's interpreter cuts where a GPU rounds."""
+    return (weight.view(torch.int32) & -65536).view(torch.float32)
 
 
 def _error(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:

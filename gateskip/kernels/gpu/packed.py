@@ -20,15 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FEW_ROWS = 8  # that a product takes without writing the weights to memory
-WIDTHS = (4, 8)  # bits of a code
-GROUPS = (32, 64, 128)  # weights that share a scale
 # Of one warp, which needs no barrier: two rows of weights, 16 codes a lane.
 OUTPUTS, INPUTS, WARPS = 2, 512, 1
 # Of a block that unpacks weights
 UNPACKED_OUTPUTS, UNPACKED_INPUTS, UNPACKING_WARPS = 4, 1024, 4
+FUSED = {"enable_fp_fusion": True}  # multiply-adds of one rounding: off by default from Triton 3.10
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _weights(
     codes: Any,
     scale: Any,
@@ -59,7 +58,7 @@ def _weights(
     return code.to(tl.float32) * step[:, :, None] + lowest[:, :, None]
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def multiply_kernel(
     x: Any,
     codes: Any,
@@ -97,7 +96,7 @@ def multiply_kernel(
         tl.store(out + row * n + n_at, total.to(out.dtype.element_ty), mask=n_at < n)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def unpack_kernel(
     codes: Any,
     scale: Any,
@@ -122,12 +121,6 @@ def unpack_kernel(
     tl.store(out + places, weights.to(out.dtype.element_ty), mask=inside[:, :, None])
 
 
-@torch.library.custom_op(
-    "gateskip::multiply_packed",
-    mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int bits,"
-    " int middle) -> Tensor",
-)
 def _multiply(
     x: Tensor,
     codes: Tensor,
@@ -137,6 +130,7 @@ def _multiply(
     bits: int,
     middle: int,
 ) -> Tensor:
+    """x [rows, in] -> [rows, out] for 1 to FEW_ROWS rows."""
     n, groups = scale.shape
     group = x.shape[1] // groups
     out = x.new_empty(len(x), n)
@@ -158,30 +152,12 @@ def _multiply(
                 OUTPUTS=OUTPUTS,
                 GROUPS=INPUTS // group,
                 num_warps=WARPS,
+                **FUSED,
             )
     return out
 
 
-@_multiply.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    minimum: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    middle: int,
-) -> Tensor:
-    return x.new_empty(len(x), len(scale))
-
-
-@torch.library.custom_op(
-    "gateskip::unpack",
-    mutates_args=(),
-    schema="(Tensor codes, Tensor scale, Tensor? minimum, int bits, int middle, ScalarType dtype)"
-    " -> Tensor",
-)
-def unpack(
+def _unpack(
     codes: Tensor,
     scale: Tensor,
     minimum: Tensor | None,
@@ -209,20 +185,33 @@ def unpack(
             OUTPUTS=UNPACKED_OUTPUTS,
             GROUPS=at_once,
             num_warps=UNPACKING_WARPS,
+            **FUSED,
         )
     return out
 
 
-@unpack.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    minimum: Tensor | None,
-    bits: int,
-    middle: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(len(codes), codes.shape[1] * 8 // bits, dtype=dtype)
+# Operators of torch: graphs and tensors without values (FakeTensorMode) know their results' sizes.
+multiply_few = torch.library.custom_op(
+    "gateskip::multiply_packed",
+    _multiply,
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int bits,"
+    " int middle) -> Tensor",
+)
+multiply_few.register_fake(lambda x, codes, scale, *_: x.new_empty(len(x), len(scale)))
+
+unpack = torch.library.custom_op(
+    "gateskip::unpack",
+    _unpack,
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scale, Tensor? minimum, int bits, int middle, ScalarType dtype)"
+    " -> Tensor",
+)
+unpack.register_fake(
+    lambda codes, scale, minimum, bits, middle, dtype: codes.new_empty(
+        len(codes), codes.shape[1] * 8 // bits, dtype=dtype
+    )
+)
 
 
 def multiply(
@@ -240,6 +229,6 @@ def multiply(
     the weights are written in x's type, and torch multiplies by them.
     """
     if len(x) <= FEW_ROWS:
-        return _multiply(x.contiguous(), codes, scale, minimum, bias, bits, middle)
+        return multiply_few(x.contiguous(), codes, scale, minimum, bias, bits, middle)
     weight = unpack(codes, scale, minimum, bits, middle, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
