@@ -71,7 +71,7 @@ def layer_of(case: Case) -> GpuLinear:
 
 
 def measured(case: Case, device: str) -> dict[str, Any]:
-    """The largest error of a product, as a share of what is allowed; whether the weights unpacked in
+    """The largest error of a product, as a share of what is allowed; whether weights unpacked in
     float32 are the grid's, bit by bit; and whether those in bfloat16 are these rounded, or cut."""
     from gateskip.kernels.gpu.packed import FEW_ROWS, unpack
 
@@ -97,7 +97,7 @@ def measured(case: Case, device: str) -> dict[str, Any]:
 
 
 def _cut(weight: Tensor) -> Tensor:
-    """Float32 without the bits that bfloat16 lacks: Triton's interpreter cuts where a GPU rounds."""
+    """Float32 cut to the bits of bfloat16: Triton's interpreter cuts, a GPU rounds."""
     return (weight.view(torch.int32) & -65536).view(torch.float32)
 
 

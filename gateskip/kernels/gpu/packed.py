@@ -11,8 +11,6 @@ atomic addition. With codes along columns, few outputs would leave most of a GPU
 Sizes of tiles were chosen by the compiler's report of registers and spills; no card was available.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,19 +25,19 @@ UNPACKED_OUTPUTS, UNPACKED_INPUTS, UNPACKING_WARPS = 4, 1024, 4
 FUSED = {"enable_fp_fusion": True}  # multiply-adds of one rounding: off by default from Triton 3.10
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _weights(
-    codes: Any,
-    scale: Any,
-    minimum: Any,
-    n_at: Any,
-    n: Any,
-    group_at: Any,
-    groups: Any,
+    codes,
+    scale,
+    minimum,
+    n_at,
+    n,
+    group_at,
+    groups,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     MIDDLE: tl.constexpr,
-) -> Any:
+):
     """The float32 weights [outputs, groups, GROUP] of outputs n_at and groups group_at; those
     outside the matrix are zero."""
     BYTES: tl.constexpr = GROUP * BITS // 8
@@ -58,23 +56,23 @@ def _weights(
     return code.to(tl.float32) * step[:, :, None] + lowest[:, :, None]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def multiply_kernel(
-    x: Any,
-    codes: Any,
-    scale: Any,
-    minimum: Any,
-    bias: Any,
-    out: Any,
-    n: Any,
-    groups: Any,
+    x,
+    codes,
+    scale,
+    minimum,
+    bias,
+    out,
+    n,
+    groups,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     MIDDLE: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     GROUPS: tl.constexpr,
-) -> None:
+):
     """out [ROWS, n] = x [ROWS, groups * GROUP] times the weights, plus bias [n]. A program computes
     OUTPUTS outputs of all rows, from GROUPS groups at a time; sums are float32."""
     n_at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -96,20 +94,20 @@ def multiply_kernel(
         tl.store(out + row * n + n_at, total.to(out.dtype.element_ty), mask=n_at < n)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def unpack_kernel(
-    codes: Any,
-    scale: Any,
-    minimum: Any,
-    out: Any,
-    n: Any,
-    groups: Any,
+    codes,
+    scale,
+    minimum,
+    out,
+    n,
+    groups,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     MIDDLE: tl.constexpr,
     OUTPUTS: tl.constexpr,
     GROUPS: tl.constexpr,
-) -> None:
+):
     """out [n, groups * GROUP] = the weights, rounded to out's type. A program unpacks one tile of
     OUTPUTS rows and GROUPS groups."""
     n_at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
