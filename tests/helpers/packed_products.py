@@ -102,12 +102,13 @@ def _cut(weight: Tensor) -> Tensor:
 
 
 def _error(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    """The largest error as a share of the bound: SUMS of the absolute products, and one rounding to
-    out's type. Torch's product is in float64."""
+    """The largest error as a share of the bound: SUMS of the absolute products, and roundings of
+    the product, the bias and their sum to out's type. Torch's product is in float64."""
     exact, bias = x.double(), None if bias is None else bias.double()
     expected = F.linear(exact, weight.double(), bias)
     size = F.linear(exact.abs(), weight.double().abs(), None if bias is None else bias.abs())
-    bound = SUMS * size + torch.finfo(out.dtype).eps * expected.abs()
+    rounded = expected.abs() if bias is None else expected.abs() + bias.abs()
+    bound = SUMS * size + torch.finfo(out.dtype).eps * rounded
     return float(((out.double() - expected).abs() / bound).max())
 
 
