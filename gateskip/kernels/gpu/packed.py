@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FEW_ROWS = 8  # that a product takes without writing the weights to memory
-# Of one warp, which needs no barrier: two rows of weights, 8 codes a lane. With 16, registers spill.
+# Of one warp, which needs no barrier: two rows of weights, 8 codes a lane. With 16, some spill.
 OUTPUTS, INPUTS, WARPS = 2, 256, 1
 # Of a block that unpacks weights
 UNPACKED_OUTPUTS, UNPACKED_INPUTS, UNPACKING_WARPS = 4, 1024, 4
