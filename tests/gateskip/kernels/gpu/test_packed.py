@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensorMode
 
 import gateskip
 from gateskip.model.families import UnsupportedModel
+from gateskip.quantization.folders import load_model
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.gpu_linear import GpuLinear, pack_for_gpu
 from gateskip.quantization.grid import Grid
@@ -117,8 +118,6 @@ def test_a_layer_keeps_the_weights(bits: int, width: int) -> None:
 def test_without_triton_the_extra_is_named(
     packed_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gateskip.quantization.folders import load_model
-
     monkeypatch.setattr("gateskip.extras.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"triton.*'gateskip-compose\[gpu\]'"):
         pack_for_gpu(load_model(packed_folder))
@@ -132,9 +131,9 @@ def test_without_triton_the_extra_is_named(
 def test_formats_without_kernels_are_refused(packed_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(UnsupportedModel, match="gptq weights are decoded on a CPU, not on cuda"):
-        gateskip.load(tmp_path, device="cuda", backend="gathered")
+        load_model(tmp_path, device=torch.device("cuda"))
     with pytest.raises(UnsupportedModel, match="gateskip weights are decoded on a CPU, not on mps"):
-        gateskip.load(packed_folder, device="mps")
+        load_model(packed_folder, device=torch.device("mps"))
 
 
 # --- Compiled without a card ----------------------------------------------------------------------
