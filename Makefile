@@ -69,7 +69,7 @@ test: $(VENV)/.dev
 
 # Engines whose environments are made where they are missing. The larger ones are for peers-test.
 ENGINES ?= compressed-tensors
-test-slow: $(VENV)/.dev gpu-interpreted
+test-slow: $(VENV)/.dev
 	GATESKIP_BUILD_PEERS=$(ENGINES) $(PYTEST) -m slow $(ARGS)
 
 check: $(VENV)/.dev

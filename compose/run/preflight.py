@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compose.artifacts.folder import require_model
+from compose.artifacts.folder import GRID_METHOD, require_model
 from compose.assets import (
     Presence,
     first_available,
@@ -35,12 +35,14 @@ from compose.errors import ComposeError, UserError
 from compose.extras import EXTRAS, not_installed
 from compose.outputs.run_folder import RunFolder, is_measured, learns_from
 from compose.planning.plan import Cell, Plan, Step, speculates
+from compose.planning.prepare import model_shape
 from compose.processes.endings import first_line
 from compose.processes.worker_process import remove_scratch
 from compose.run.failures import attempted
 from compose.run.room import missing_room
 from compose.run.state import Missing, RunState, Settings
 from compose.run.steps import needed_steps
+from compose.stages.base import ModelShape
 from gateskip.kernels.build import compilers
 
 RUNNING_TEXT = "heldout-text"
@@ -135,7 +137,7 @@ def look(
     presence = _presence_of_model(plan, made, cache)
     drafts = {source: model_presence(source, cache) for source in _draft_models(left)}
     missing = [
-        *_without_device(plan, cells, steps, left, local=local),
+        *_without_device(plan, cells, steps, left, cache, local),
         *(_without_model(plan, cache) if presence == "absent" else ()),
         *_without_drafts([name for name in drafts if drafts[name] == "absent"], cache),
         *_without_texts(texts, cache),
@@ -216,12 +218,16 @@ def _refused(work: Callable[[], object]) -> Iterator[Missing]:
 
 
 ON_CPU = "set device: cpu in the model section"
+UNKNOWN = ModelShape("unknown", 1, 1, 1, 1, 1, 1, 1, tie_embeddings=False)
+"""Of a model that is not here yet."""
+ON_CUDA = (GRID_METHOD, "bitsandbytes")
+"""Formats of packed weights that have kernels for GPUs."""
 COPIES = ("int4", "int3", "int2", "nf4", "int4-head")
 """Draft copies that only the compiled kernels of a CPU multiply."""
 
 
 def _without_device(
-    plan: Plan, cells: list[Cell], steps: list[Step], left: list[Cell], *, local: bool
+    plan: Plan, cells: list[Cell], steps: list[Step], left: list[Cell], cache: Path, local: bool
 ) -> Iterator[Missing]:
     """The parts of a plan that have no path on its device, and a device that is not here."""
     device = plan.pipeline.model.device
@@ -232,33 +238,44 @@ def _without_device(
             f"device: {device}: torch finds no CUDA device on this machine",
             f"{ON_CPU}, or install the device's driver and a CUDA build of torch",
         )
+    source = model_shape(plan.pipeline, cache) or UNKNOWN
     for cell in cells:
-        if (why := _has_no_path(plan, cell)) is not None:
+        packed = _packed(plan, cell, source)
+        if packed == GRID_METHOD:
+            yield from (Missing(each.message, each.fix) for each in not_installed(["triton"]))
+        if (why := _has_no_path(plan, cell, packed)) is not None:
             yield Missing(
                 f"{cell.name} has no path on {device}: {why}", f"{ON_CPU}, or leave it out"
             )
 
 
-def _has_no_path(plan: Plan, cell: Cell) -> str | None:
-    """Why a cell cannot run on another device than the CPU; None where it can."""
-    packed = [name for name in cell.chain if _packs(plan.pipeline.stages[name].role)]
+def _has_no_path(plan: Plan, cell: Cell, packed: str | None) -> str | None:
+    """Why a cell, whose weights have the format `packed`, cannot run on another device than the
+    CPU; None where it can."""
     draft = getattr(cell.decode, "draft_weights", None)
     if cell.peer is not None:
         return "other engines are measured on the CPU"
     if cell.backend == "native":
         return "the native backend runs on a CPU"
-    if packed:
-        return f"the stage {packed[0]} packs weights, which are decoded on a CPU"
-    folder = None if cell.folder is None else require_model(Path(cell.folder))
-    if plan.pipeline.model.keep_blocks or (folder and folder.get("quantization_config")):
-        return "its weights are packed, and packed weights are decoded on a CPU"
+    if any(plan.pipeline.stages[name].role == "head" for name in cell.chain):
+        return "an LM head that is packed by itself is decoded on a CPU"
+    if packed not in (None, *ON_CUDA):
+        return f"{packed} weights are decoded on a CPU"
+    if plan.pipeline.model.keep_blocks:
+        return "blocks of a GGUF file are decoded on a CPU"
     if draft in COPIES:
         return f"draft_weights: {draft} needs the compiled kernels of a CPU"
     return None
 
 
-def _packs(role: str) -> bool:
-    return role in ("quantize", "head")
+def _packed(plan: Plan, cell: Cell, source: ModelShape) -> str | None:
+    """The format of a cell's packed weights, made from a model of the shape `source`."""
+    if cell.folder is not None:
+        config = require_model(Path(cell.folder)).get("quantization_config") or {}
+        return config.get("quant_method")
+    stages = [plan.pipeline.stages[name] for name in cell.chain]
+    formats = [stage.reshape(source).quantized for stage in stages if stage.role == "quantize"]
+    return (formats or [source.quantized])[-1]
 
 
 def _has_cuda() -> bool:

@@ -152,8 +152,8 @@ def _kernels(facts: dict[str, Any]) -> Finding:
 def _accelerator(facts: dict[str, Any]) -> Finding:
     if facts.get("gpu"):
         fix = (
-            "device: cuda in the model section uses the GPU; compiled kernels and packed weights"
-            " do not"
+            "device: cuda in the model section uses the GPU; the compiled kernels of the backend"
+            " native and GPTQ weights run on the CPU"
         )
         return Finding("GPU", "note", str(facts["gpu"]), fix)
     return Finding("GPU", "note", "no GPU: everything runs on the CPU")

@@ -227,6 +227,7 @@ def multiply(
     the weights are written in x's type, and torch multiplies by them.
     """
     if len(x) <= FEW_ROWS:
-        return multiply_few(x.contiguous(), codes, scale, minimum, bias, bits, middle)
+        out: Tensor = multiply_few(x.contiguous(), codes, scale, minimum, bias, bits, middle)
+        return out
     weight = unpack(codes, scale, minimum, bits, middle, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -25,6 +25,8 @@ STAGES = {
     "narrow": {"use": "prune-width", "ratio": 0.1},
     "heal": {"use": "heal", "steps": 1},
     "int4": {"use": "int4"},
+    "gptq": {"use": "gptq"},
+    "head": {"use": "pack-head"},
     "copy": {"use": "speculate", "draft_weights": "int4"},
 }
 PLAIN = {"quality": {"perplexity": None, "own_answers": None}, "speed": {"prompts": "prompts"}}
@@ -79,7 +81,8 @@ def test_a_machine_without_cuda_is_told_at_once(
 @pytest.mark.parametrize(
     ("benchmark", "pipelines", "why"),
     [
-        ({}, {"small": ["int4"]}, "small has no path on cuda: the stage int4 packs weights"),
+        ({}, {"small": ["gptq"]}, "small has no path on cuda: gptq weights are decoded on a CPU"),
+        ({}, {"small": ["head"]}, "small has no path on cuda: an LM head that is packed by itself"),
         ({}, {"fast": ["copy"]}, "fast has no path on cuda: draft_weights: int4 needs"),
         ({"against": ["transformers"]}, {}, "transformers has no path on cuda: other engines"),
     ],
@@ -93,6 +96,16 @@ def test_what_has_no_path_on_a_device_is_refused_by_name(
 ) -> None:
     monkeypatch.setattr(preflight, "_has_cuda", lambda: True)
     assert why in missing(tmp_path, plan_on("cuda", benchmark, **pipelines))
+
+
+def test_integers_need_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_has_cuda", lambda: True)
+    plan = plan_on("cuda", small=["int4"])
+    monkeypatch.setattr("compose.extras.find_spec", lambda name: None)
+    told = missing(tmp_path, plan)
+    assert "triton is not installed" in told and "'gateskip-compose[gpu]'" in told
+    monkeypatch.setattr("compose.extras.find_spec", lambda name: name)
+    assert missing(tmp_path, plan) == ""
 
 
 def test_a_backend_of_the_cpu_is_refused_by_name(

@@ -283,8 +283,7 @@ def test_tags_say_what_a_wheel_holds(wheel: Path, wheels: Callable[..., Path]) -
 @pytest.mark.slow
 @on_x86_linux
 @needs_library
-@pytest.mark.parametrize("torch_first", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("torch_first", "threads"), [(True, 1), (False, 2)])
 def test_a_wheel_decodes_without_a_compiler(
     installed: Path,
     smollm2: Path,
@@ -316,25 +315,16 @@ def test_a_wheel_decodes_without_a_compiler(
 @pytest.mark.slow
 @on_x86_linux
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-@pytest.mark.parametrize(
-    ("level", "processor"),
-    [
-        ("avx2", "haswell"),
-        ("avx512", "skylake-avx512"),
-        ("avx512-vnni", "cascadelake"),
-        ("avx512-bf16", "native"),
-    ],
-)
+@pytest.mark.parametrize("processor", ["haswell", "native"])
 def test_a_level_gives_the_bits_of_a_local_build(
-    wheel: Path, tmp_path: Path, level: str, processor: str
+    wheel: Path, tmp_path: Path, processor: str
 ) -> None:
-    """All kernels over odd sizes; a build for another processor stands for a build on it."""
-    best = prebuilt.choose(prebuilt.features_here())
-    names = list(prebuilt.LEVELS["x86_64"])
-    if best is None or names.index(level) < names.index(best):
-        pytest.skip(f"this processor is not of level {level}")
-    if processor == "native" and level != best:
-        pytest.skip(f"this processor is better than {level}")
+    """All kernels over odd sizes, in the lowest level and in this processor's; a build for another
+    processor stands for a build on it."""
+    here = prebuilt.choose(prebuilt.features_here())
+    if here is None:
+        pytest.skip("no level fits this processor")
+    level = here if processor == "native" else "avx2"
     for name in ("local", "wheel"):
         (tmp_path / name).mkdir()
     flags = [flag.replace("=native", f"={processor}") for flag in build.FLAGS]

@@ -40,7 +40,8 @@ def test_alone(decoder: Decoder, serve: Callable[..., Scheduler], name: str) -> 
     budget = {"skip": request.skip and request.skip.budget, "speculate": None, "plain": None}
     assert receipt.budget == budget[request.mode] or name == "verified at a budget"
     if name.startswith("drafts"):
-        assert 0 < receipt.accepted < receipt.drafted > receipt.looked_up
+        assert receipt.accepted < receipt.drafted > receipt.looked_up
+        assert receipt.accepted > 0 or "sampled" in name, "where chance does not decide"
     assert (receipt.skipped is not None) == (request.mode == "skip" or "verified" in name)
 
 

@@ -107,7 +107,7 @@ def test_other_groups_are_refused() -> None:
 
 @pytest.mark.parametrize(("bits", "width"), [(2, 4), (3, 4), (4, 4), (5, 8), (6, 8), (8, 8)])
 def test_a_layer_keeps_the_weights(bits: int, width: int) -> None:
-    codes = torch.arange(64, dtype=torch.uint8).view(2, 32) % (1 << bits)
+    codes = (torch.arange(64) * 5 % (1 << bits)).to(torch.uint8).view(2, 32)
     grid = Grid(codes, torch.tensor([[0.5], [2.0]]), torch.tensor([[-1.0], [-3.0]]), bits)
     layer = GpuLinear(grid, None)
     assert layer.codes.shape == (2, 32 * width // 8)
