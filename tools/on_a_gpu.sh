@@ -11,6 +11,6 @@ OUT=${1:-runs/on-a-gpu}
     exit 2
 }
 failed=0
-"$PYTHON" -m pytest -m gpu -q tests/gateskip/test_gpu.py || failed=1
+"$PYTHON" -m pytest -m gpu -q tests/gateskip || failed=1
 "$PYTHON" tools/on_a_gpu.py --out "$OUT" ${MODEL:+--model "$MODEL"}
 exit $failed
