@@ -12,9 +12,8 @@ from rich.console import Console
 
 from compose.contract import ChatJob, Message
 from compose.errors import UserError
-from compose.numbers import PLAIN
+from compose.numbers import PLAIN, duration_text, four_digits
 from compose.processes.worker_process import LocalWorker, await_answer, one_worker
-from compose.terminal.show import stats_text
 from compose.units import printable
 
 BLOCK = '"""'
@@ -26,6 +25,8 @@ HELP = f"""\
 {BLOCK}      begins and ends a message of several lines
 Ctrl-C   stops an answer"""
 QUIT = ("/quit", "/exit", "/bye")  # the last is ollama's
+LONG_S = 0.5
+"""What is worth telling apart from the time of an answer."""
 ENDINGS = {"stopped": "stopped", "length": "stopped at the maximum number of tokens"}
 
 
@@ -181,3 +182,18 @@ def _on_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def stats_text(answer: dict[str, Any]) -> str:
+    """Tokens a second, settings and counts of an answer, in lines."""
+    speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
+    settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
+    lines = [f"{answer['tokens']} tokens, {PLAIN.number(speed)} tokens/s, {settings}"]
+    if (seconds := answer["preparing_s"]) > LONG_S:
+        lines.append(
+            f"  the draft model was made in {duration_text(seconds)}, once for each process"
+        )
+    stats = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
+    for key, value in stats.items():
+        lines.append(f"  {key}: {four_digits(value) if isinstance(value, float) else value}")
+    return "\n".join(lines)

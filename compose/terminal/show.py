@@ -17,7 +17,7 @@ from compose.analysis.verdicts import TONES
 from compose.errors import UserError
 from compose.language.limits import Limits
 from compose.language.schema import DEFAULT_MATRIX, Pipeline
-from compose.numbers import PLAIN, bytes_text, duration_text, four_digits, metric_text
+from compose.numbers import PLAIN, bytes_text, duration_text, metric_text
 from compose.outputs.run_folder import RunFolder, is_measured, only_code_changed
 from compose.planning.plan import Plan
 from compose.results.schema import CellResult, Results
@@ -32,8 +32,6 @@ from compose.terminal.table import rich_table
 from compose.units import printable
 
 CODE_CHANGED = "code or libraries changed"
-LONG_S = 0.5
-"""What is worth telling apart from the time of an answer."""
 STEP_HEADS = ("step", "stage", "after", "key", "memory", "state")
 CELL_HEADS = ("cell", "weights", "decode", "also called", "state")
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
@@ -230,21 +228,6 @@ def print_findings(console: Console, findings: Sequence[Finding]) -> None:
             console.print(
                 f"  {' ' * width}  fix: {shown(finding.fix)}", highlight=False, soft_wrap=True
             )
-
-
-def stats_text(answer: dict[str, Any]) -> str:
-    """Tokens a second, settings and counts of an answer, in lines."""
-    speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
-    settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
-    lines = [f"{answer['tokens']} tokens, {PLAIN.number(speed)} tokens/s, {settings}"]
-    if (seconds := answer["preparing_s"]) > LONG_S:
-        lines.append(
-            f"  the draft model was made in {duration_text(seconds)}, once for each process"
-        )
-    stats = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
-    for key, value in stats.items():
-        lines.append(f"  {key}: {four_digits(value) if isinstance(value, float) else value}")
-    return "\n".join(lines)
 
 
 def compressed_text(to: Path, written: dict[str, Any]) -> str:

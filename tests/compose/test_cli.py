@@ -645,7 +645,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
     ]
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
     spoken = [*drawn[:-1], "--budget", "--draft-model", "--max-new-tokens", "--speculate"]
-    asked = ["--draft-model", "--keep-blocks", "--stats", "folder", "prompt"]
+    asked = ["--device", "--draft-model", "--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
         "compress": sorted(
             [
@@ -681,13 +681,14 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "export": sorted([*wanted, "--cell", "--format", "--to", "--type", "--verify", "source"]),
         "gguf": ["--to", "--type", "folder"],
         "compressed-tensors": ["--to", "folder"],
-        "chat": sorted([*spoken, "--keep-blocks", "folder"]),
+        "chat": sorted([*spoken, "--device", "--keep-blocks", "folder"]),
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
             *(
                 "--against",
                 "--allow-code",
                 "--batch",
+                "--device",
                 "--json-lines",
                 "--keep-blocks",
                 "--limit",

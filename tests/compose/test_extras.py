@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -117,6 +118,24 @@ print(answer(work)["error"])
 def test_each_extra_is_named(extra: str, code: str, tmp_path: Path) -> None:
     output = _without(EXTRAS[extra], code, tmp_path)
     assert f"pip install 'gateskip-compose[{extra}]'" in output, output
+
+
+@pytest.mark.slow
+def test_the_extra_of_the_server_is_enough_to_decode(tiny_llama: Path, tmp_path: Path) -> None:
+    """Without the libraries of other extras, some of which need a compiler; also in workers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["serve"]]
+    code = f"from core_alone import hide_all_but\nhide_all_but({declared!r})\n"
+    (tmp_path / "sitecustomize.py").write_text(code, "utf-8")
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT, HELPERS)))
+    done = subprocess.run(
+        [sys.executable, "-m", "compose", "generate", str(tiny_llama), "Hi", "--stats"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "tokens/s" in done.stderr, done.stderr
 
 
 def test_the_command_says_one_sentence(tmp_path: Path) -> None:

@@ -78,8 +78,7 @@ def generate(
     """Answer one prompt with a model."""
     from compose.contract import AnswerJob, Device
     from compose.processes.worker_process import ask_once
-    from compose.terminal.chat import show_text
-    from compose.terminal.show import stats_text
+    from compose.terminal.chat import show_text, stats_text
 
     folder = as_folder(folder, keep_blocks)
     draft = None if draft_model is None else as_folder(draft_model, None)
