@@ -500,7 +500,10 @@ def on_ray(
     finally:
         print(log.read_text())
         run.send_signal(signal.SIGINT)
-        run.wait(120)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # Ray's own program, on a busy machine
+            run.wait(60)
+        run.kill()
+        run.wait()
 
 
 def replica_processes() -> list[psutil.Process]:
