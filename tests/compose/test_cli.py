@@ -617,7 +617,7 @@ def test_doctor_shows_why_there_are_no_compiled_kernels() -> None:
     finding = _kernels({"kernels": {"error": "g++: error: unknown flag"}})
     assert finding.status == "note" and finding.detail == "g++: error: unknown flag"
     assert "gathered" in str(finding.fix)
-    assert "packed weights do not" in str(_accelerator({"gpu": "A card"}).fix)
+    assert "GPTQ weights run on the CPU" in str(_accelerator({"gpu": "A card"}).fix)
 
 
 def test_doctor_looks_at_this_machine() -> None:
