@@ -14,7 +14,7 @@ The format has no packed embedding and LM head; they are written as floats.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from compose.artifacts.packed_folder import (
     tensors_of,
     unpacked,
 )
-from compose.artifacts.predictions import mean_kl, unfilled
+from compose.artifacts.predictions import kl_of_logits, unfilled
 from compose.artifacts.shards import save_shards
 from compose.errors import ArtifactError, StepError
 from compose.store import new_folder, write_json
@@ -155,16 +155,28 @@ def _read_back(
     written, rounded = tensors_of(folder), False
     dtype = getattr(torch, dtype_of(source.folder))
     for name in names:
-        layer, (bits, _, symmetric) = source.layer(name), schemes[name]
-        codes = unpacked(written(f"{name}.weight_packed"), bits)
-        same = torch.equal(codes[:, : layer.codes.shape[1]], layer.codes)
-        if not symmetric:
-            zeros = unpacked(written(f"{name}.weight_zero_point").T, bits).T
-            same &= torch.equal(zeros[: len(layer.codes)], _zeros(layer))
+        layer = source.layer(name)
+        codes, zeros = _integers(written, name, schemes[name])
+        same = torch.equal(codes, layer.codes)
+        if zeros is not None:
+            same &= torch.equal(zeros, _zeros(layer))
         if not same:
             raise StepError(f"the codes of {name} differ from those that were written")
         rounded |= _rounds(layer.scale, dtype)
     return rounded
+
+
+def _integers(
+    written: Callable[[str], Tensor], name: str, scheme: Scheme
+) -> tuple[Tensor, Tensor | None]:
+    """Codes [n, k] of a written layer, and its zero points [n, k / group]; None where its scheme is
+    symmetric."""
+    bits, _, symmetric = scheme
+    rows, columns = written(f"{name}.weight_shape").tolist()
+    codes = unpacked(written(f"{name}.weight_packed"), bits)[:, :columns]
+    if symmetric:
+        return codes, None
+    return codes, unpacked(written(f"{name}.weight_zero_point").T, bits).T[:rows]
 
 
 def _kl(folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]) -> float:
@@ -179,7 +191,7 @@ def _kl(folder: Path, source: PackedFolder, names: list[str], schemes: dict[str,
         _fill(weights, source.others())
         logits = model(ids).logits
         _fill(weights, _as_read(folder, names, schemes, getattr(torch, dtype_of(source.folder))))
-        return mean_kl(logits, model(ids).logits)
+        return kl_of_logits(logits, model(ids).logits)
 
 
 def _fill(weights: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -196,13 +208,9 @@ def _as_read(
     a reader takes them."""
     written = tensors_of(folder)
     for name in names:
-        bits, _, symmetric = schemes[name]
-        rows, columns = written(f"{name}.weight_shape").tolist()
-        codes = unpacked(written(f"{name}.weight_packed"), bits)[:, :columns]
-        scale, zeros = written(f"{name}.weight_scale").to(dtype), None
-        if not symmetric:
-            zeros = unpacked(written(f"{name}.weight_zero_point").T, bits).T[:rows]
-        yield f"{name}.weight", IntegerLayer(bits, codes, scale, zeros).weight()
+        codes, zeros = _integers(written, name, schemes[name])
+        scale = written(f"{name}.weight_scale").to(dtype)
+        yield f"{name}.weight", IntegerLayer(schemes[name][0], codes, scale, zeros).weight()
     for name in tensor_files(folder):
         if name.removesuffix(".weight") not in names:
             yield name, written(name)

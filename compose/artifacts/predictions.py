@@ -21,8 +21,9 @@ def unfilled(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     return model, dict(model.named_parameters()), config.to_dict()  # a tied weight once
 
 
-def mean_kl(target: Tensor, logits: Tensor) -> float:
+def kl_of_logits(target: Tensor, logits: Tensor) -> float:
     """KL from the predictions of the logits `target` [1, S, V] to those of `logits`, the mean over
     tokens."""
-    expected, predicted = target.log_softmax(-1), logits.log_softmax(-1)
-    return float((expected.exp() * (expected - predicted)).sum(-1).mean())
+    from gateskip.rounding.allocation import mean_kl
+
+    return mean_kl(target.log_softmax(-1), logits.log_softmax(-1))

@@ -220,8 +220,6 @@ def _refused(work: Callable[[], object]) -> Iterator[Missing]:
 ON_CPU = "set device: cpu in the model section"
 UNKNOWN = ModelShape("unknown", 1, 1, 1, 1, 1, 1, 1, tie_embeddings=False)
 """Of a model that is not here yet."""
-ON_CUDA = (GRID_METHOD, "bitsandbytes")
-"""Formats of packed weights that have kernels for GPUs."""
 COPIES = ("int4", "int3", "int2", "nf4", "int4-head")
 """Draft copies that only the compiled kernels of a CPU multiply."""
 
@@ -252,6 +250,8 @@ def _without_device(
 def _has_no_path(plan: Plan, cell: Cell, packed: str | None) -> str | None:
     """Why a cell, whose weights have the format `packed`, cannot run on another device than the
     CPU; None where it can."""
+    from gateskip.quantization.folders import ON_CUDA
+
     draft = getattr(cell.decode, "draft_weights", None)
     if cell.peer is not None:
         return "other engines are measured on the CPU"
@@ -271,8 +271,7 @@ def _has_no_path(plan: Plan, cell: Cell, packed: str | None) -> str | None:
 def _packed(plan: Plan, cell: Cell, source: ModelShape) -> str | None:
     """The format of a cell's packed weights, made from a model of the shape `source`."""
     if cell.folder is not None:
-        config = require_model(Path(cell.folder)).get("quantization_config") or {}
-        return config.get("quant_method")
+        return ModelShape.from_config(require_model(Path(cell.folder))).quantized
     stages = [plan.pipeline.stages[name] for name in cell.chain]
     formats = [stage.reshape(source).quantized for stage in stages if stage.role == "quantize"]
     return (formats or [source.quantized])[-1]

@@ -26,7 +26,7 @@ from compose.artifacts.gguf.names import PAIRED, gguf_name, is_shifted, paired
 from compose.artifacts.gguf.tokenizer import add_tokenizer
 from compose.artifacts.intake import weight_files
 from compose.artifacts.packed_folder import GPTQ_METHOD, METHODS, PackedFolder
-from compose.artifacts.predictions import mean_kl, unfilled
+from compose.artifacts.predictions import kl_of_logits, unfilled
 from compose.errors import ArtifactError, StepError, suggest
 from compose.store import new_file
 
@@ -217,7 +217,7 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
             "the GGUF file does not load to the model that was written: its logits differ by"
             f" {difference:.3g} over a range of {span:.3g}"
         )
-    return {"max_abs_diff": difference, "range": span, "kl": mean_kl(dense, logits)}
+    return {"max_abs_diff": difference, "range": span, "kl": kl_of_logits(dense, logits)}
 
 
 def _with_rounded_minima(folder: Path) -> Any:

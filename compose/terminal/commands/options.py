@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from compose.contract import Device
 from compose.errors import UserError
 from compose.terminal.meant import refuse_model
 
-DEVICES = ("cpu", "cuda")
+DEVICES = get_args(Device)
 
 
 def words(*choices: str) -> Callable[[], list[str]]:
