@@ -26,8 +26,8 @@ from compose.bench.peers.process import PeerProcess
 from compose.bench.quality.measure import text_record
 from compose.bench.quality.own_answers import DenseAnswers, score_answers
 from compose.bench.quality.text import BLOCK, load_blocks, load_head, load_stored, score_blocks
-from compose.bench.speed.measure import usable_cores
 from compose.bench.speed.workloads import Rows, TurnText, TurnTexts
+from compose.capacity import usable_cores
 from compose.contract import CellJob
 from compose.errors import StepError
 from compose.memory import peak_of_children
@@ -240,7 +240,7 @@ class PeerBench:
             "digest": digest.hexdigest()[:16],
             "peak_bytes": peak_of_children(),
             "threads": process.threads,
-            "affinity": usable_cores(),
+            "affinity": len(usable_cores()),
         }
 
     @cached_property

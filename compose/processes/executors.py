@@ -3,13 +3,11 @@ machines."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
+from compose.capacity import core_count, free_memory
 from compose.contract import ANYWHERE, Needs, Role
 from compose.errors import UserError, suggest
 from compose.processes.worker_process import LocalWorker, Worker
@@ -56,7 +54,7 @@ class TimedHere:
 
     def free_bytes(self) -> int:
         """Free memory of this machine."""
-        return int(psutil.virtual_memory().available)
+        return free_memory()
 
 
 class LocalExecutor(TimedHere):
@@ -72,8 +70,8 @@ class LocalExecutor(TimedHere):
 
     def __init__(self, threads: int | None = None, workers: int | None = None) -> None:
         self.threads = threads
-        self.timed_threads = cores = threads or os.cpu_count() or 1
-        fitting = psutil.virtual_memory().available // BYTES_PER_WORKER
+        self.timed_threads = cores = threads or core_count()
+        fitting = free_memory() // BYTES_PER_WORKER
         self.slots = workers or max(1, min(cores, fitting, MAX_WORKERS))
         self.share = max(1, cores // self.slots)
 

@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from compose.capacity import free_memory
 from compose.contract import ANYWHERE, Message, Needs, Role
 from compose.errors import StepError, UserError
 from compose.numbers import bytes_text
@@ -145,7 +144,7 @@ class RayExecutor:
     def free_bytes(self) -> int:
         """Free memory of that machine."""
         timed = self._timed.choose(self._nodes())
-        return int(self._ask_node(timed, available_bytes))
+        return int(self._ask_node(timed, free_memory))
 
     def note_lost(self, job: Path, node: str | None) -> None:
         """Note that a job's worker ended on a node: the next attempt uses another node."""
@@ -211,11 +210,6 @@ class RayExecutor:
     def _on(self, node: str, *, soft: bool) -> Any:
         strategies = self.ray.util.scheduling_strategies
         return strategies.NodeAffinitySchedulingStrategy(node, soft=soft)
-
-
-def available_bytes() -> int:
-    """Free memory of the machine that this is called on."""
-    return int(psutil.virtual_memory().available)
 
 
 def _fits(node: Mapping[str, Any], request: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from compose.capacity import THREADS, core_count, total_memory
 from gateskip.runtime.huge_pages import setting as huge_pages
 
 LIBRARIES = (
@@ -63,7 +64,7 @@ def capture_environment(threads: int | None = None) -> dict[str, Any]:
         "cpu_features": _cpu_features(),
         "cores": psutil.cpu_count(logical=False),
         "threads": threads or _thread_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": total_memory(),
         "accelerator": _accelerator(torch),
         "platform": platform.platform(terse=True),
         "huge_pages": huge_pages(),
@@ -94,9 +95,9 @@ def _cpuinfo(key: str) -> str | None:
     return next((value.strip() for name, _, value in pairs if name.strip() == key), None)
 
 
-def _thread_count() -> int | None:
-    setting = os.environ.get("OMP_NUM_THREADS", "")
-    return int(setting) if setting.isdigit() else os.cpu_count()
+def _thread_count() -> int:
+    setting = os.environ.get(THREADS, "")
+    return int(setting) if setting.isdigit() else core_count()
 
 
 def _accelerator(torch: ModuleType | None) -> str | None:

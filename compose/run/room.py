@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from compose.capacity import free_memory
 from compose.errors import ComposeError
 from compose.numbers import bytes_text
 from compose.outputs.run_folder import RunFolder
@@ -53,7 +54,7 @@ def missing_room(
         for cell in cells
         if (size := folder_bytes(plan, cell, folder.store)) is not None
     ]
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    free = free_memory() + psutil.swap_memory().free
     most, what = max(held, default=(0, ""))
     if local and free < MARGIN * most:
         yield Missing(

@@ -10,8 +10,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import psutil
-
 from compose.artifacts.folder import is_gated
 from compose.bench.conversation import context_of
 from compose.bench.generate import (
@@ -21,6 +19,7 @@ from compose.bench.generate import (
     prepare,
     stop_token_ids,
 )
+from compose.capacity import free_memory
 from compose.errors import UserError
 from compose.serve.api.errors import ApiError, invalid
 from compose.serve.api.fields import ChatBody, ChatMessage, Options
@@ -248,7 +247,7 @@ def cache_bytes(settings: ServeSettings) -> int:
     """Most memory of the KV cache, in bytes: by default, half of the memory that is free."""
     if settings.cache_mb is not None:
         return settings.cache_mb * 1_000_000
-    return int(psutil.virtual_memory().available) // (2 * settings.replicas)
+    return free_memory() // (2 * settings.replicas)
 
 
 def _turn(message: ChatMessage) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compose.capacity import usable_cores
 from compose.errors import ComposeError, StepError, UserError
 from compose.processes.endings import ending_of_code
 from compose.processes.worker_process import worker_environment
@@ -34,8 +34,7 @@ def shares_of_cores(replicas: int) -> list[list[int]]:
 
     Raises UserError where there are fewer cores than replicas.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    cores = cores or list(range(os.cpu_count() or 1))
+    cores = usable_cores()
     if replicas > len(cores):
         raise UserError(
             f"{replicas} replicas need as many cores, and there are {len(cores)}",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import psutil
 
 from compose.assets import MODELS, default_cache, hub_reachable, is_fetched, model_config
+from compose.capacity import THREADS, core_count, free_memory, total_memory
 from compose.contract import ProbeJob
 from compose.errors import ComposeError
 from compose.numbers import bytes_text
@@ -47,16 +48,16 @@ def _python() -> Finding:
 
 
 def _threads() -> Finding:
-    setting = os.environ.get("OMP_NUM_THREADS")
+    setting = os.environ.get(THREADS)
     cores, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
-    limit = f", OMP_NUM_THREADS={setting}" if setting else ""
-    return Finding("threads", "ok", f"{cores} cores, {logical} logical{limit}")
+    usable = f", {core_count()} for this process" if core_count() != logical else ""
+    limit = f", {THREADS}={setting}" if setting else ""
+    return Finding("threads", "ok", f"{cores} cores, {logical} logical{usable}{limit}")
 
 
 def _memory() -> Finding:
-    memory = psutil.virtual_memory()
-    free = f"{bytes_text(memory.available)} free of {bytes_text(memory.total)}"
-    if memory.available >= MEMORY_WANTED:
+    free = f"{bytes_text(free_memory())} free of {bytes_text(total_memory())}"
+    if free_memory() >= MEMORY_WANTED:
         return Finding("memory", "ok", free)
     return Finding("memory", "note", free, "close other programs, or use a smaller model")
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy
 
 from compose.bench.peers.table import PeerName
+from compose.capacity import core_count
 from compose.errors import StepError
 
 LAST_LINES = 15
@@ -134,7 +135,7 @@ def converted(name: PeerName, python: Path, source: Path, target: Path, **fitted
         StepError: it failed.
     """
     given = {"source": str(source), "target": str(target), "option": name.option, **fitted}
-    threads = _threads()
+    threads = core_count()
     with _talk(name.text, python, name.engine.script_path, threads) as ask:
         ask("convert", **given, threads=threads)
 
@@ -147,15 +148,10 @@ def write_importance(
     Raises:
         StepError: it failed.
     """
-    threads = _threads()
+    threads = core_count()
     given = {"source": str(source), "target": str(target), "rows": rows, "threads": threads}
     with _talk(name.text, python, name.engine.script_path, threads) as ask:
         ask("importance", **given)
-
-
-def _threads() -> int:
-    """One for each core that this process may use: more would wait for each other."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from compose.bench.generate import stop_token_ids
 from compose.bench.quality.scored import added
 from compose.bench.speed.workloads import Rows, TurnText, TurnTexts
+from compose.capacity import usable_cores
 from compose.memory import peak_bytes, reset_peak, resident_bytes
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.decoding.phases import Phase
@@ -106,7 +106,7 @@ class SpeedTurns:
             "cache_bytes": cache,
             "beside_bytes": max(0, peak_bytes() - self._held - cache),
             "threads": torch.get_num_threads(),
-            "affinity": usable_cores(),
+            "affinity": len(usable_cores()),
         }
         if spent := self._engine_seconds():
             turn["spent"] = {part: spent[part] - before.get(part, 0.0) for part in spent}
@@ -159,12 +159,6 @@ def speculation_counts(stats: Stats) -> dict[str, Any]:
         "draft_s": stats.draft_s,
         "verify_s": stats.verify_s,
     }
-
-
-def usable_cores() -> int | None:
-    """Number of cores that this process may use; None where the system does not tell."""
-    affinity: Callable[[int], Sequence[int]] | None = getattr(os, "sched_getaffinity", None)
-    return None if affinity is None else len(affinity(0))
 
 
 def disk_bytes(folder: Path) -> int:

@@ -198,7 +198,7 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = type("Free", (), {"available": 400_000_000, "free": 100_000_000})
-    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(room, "free_memory", lambda: free.available)
     monkeypatch.setattr(room.psutil, "swap_memory", lambda: free)
     shape = ModelShape.from_config(MODELS["smollm2-135m-instruct"].config)
     plan = make_plan(small(**DROPPED, matrix=None), shape)
