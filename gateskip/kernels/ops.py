@@ -276,7 +276,7 @@ def add_shortcut(
     hidden: Tensor, x: Tensor, places: Tensor, down: Tensor, up: Tensor, bias: Tensor
 ) -> None:
     """hidden [..., H] at flat places [N] += up (down x) + bias, in place; down [H, r], up [r, H],
-    r and H multiples of 8, all three float32."""
+    r and H multiples of 8, both float16, bias [H] float32."""
     rows, width = len(places), hidden.shape[-1]
     weights = (down, up, bias, len(up))
     _run("gateskip_shortcut", hidden, x, _bf16(hidden), places, rows, width, *weights)

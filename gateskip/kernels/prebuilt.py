@@ -12,7 +12,7 @@ from collections.abc import Set
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "prebuilt"
-_AVX2 = ("avx2", "fma")
+_AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
 LEVELS = {
     "x86_64": {
@@ -79,7 +79,9 @@ def find(sources: str) -> Path | None:
         return None
     level = choose(features_here())
     if level is None:
-        raise Unfit("the wheel's kernels need a processor with AVX2 and FMA, or of 64-bit Arm")
+        raise Unfit(
+            "the wheel's kernels need a processor with AVX2, FMA and F16C, or of 64-bit Arm"
+        )
     file = next(FOLDER.glob(f"kernels-{level}-{sources}-*.so"), None)
     if file is None:
         raise Unfit(f"the wheel's kernels for {level} are missing: install the wheel again")

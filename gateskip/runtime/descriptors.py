@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gateskip.gates.base import Gates
 from gateskip.gates.learned import ScalarGates
+from gateskip.gates.shortcuts import STORED
 from gateskip.kernels import abi
 from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Activation, Kind, Matrix, NormKind
 from gateskip.model.draft_network import DraftNetwork
@@ -113,7 +114,7 @@ class Descriptors:
         self._held: list[Any] = []
         self._fused: dict[PackedLinear, Matrix] = {}
         self.around: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        """A branch's shortcut for many rows: down [H, r], up [r, H], bias [H]."""
+        """A branch's shortcut for many rows: down [H, r] and up [r, H] in float16, bias [H]."""
         packed = any(isinstance(part, PackedLinear | SharedHead) for part in model.modules())
         self.rounded = rounded and packed
         self.rounded |= isinstance(model.get_output_embeddings(), RoundedHead)
@@ -201,10 +202,10 @@ class Descriptors:
             return abi.Shortcut()
         down, up, bias = gates.shortcuts.of(branch)
         padding = -len(down) % 8
-        down = nn.functional.pad(down, (0, 0, 0, padding))
-        up, bias = nn.functional.pad(up, (0, padding)), bias.float()
-        self.around[branch] = (down.T.float().contiguous(), up.T.float().contiguous(), bias)
-        return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), len(down))
+        down = nn.functional.pad(down, (0, 0, 0, padding)).to(STORED)
+        up, bias = nn.functional.pad(up, (0, padding)).to(STORED), bias.float()
+        self.around[branch] = (down.T.contiguous(), up.T.contiguous(), bias)
+        return abi.Shortcut(self._at(down), self._at(up), self._at(bias), len(down))
 
     def network(self, network: DraftNetwork) -> abi.DraftNetwork:
         """A draft network, its matrices in 8 bits where their columns are whole blocks."""

@@ -19,7 +19,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 16 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 17 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -117,9 +117,9 @@ typedef struct Norm {
 
 /* What a row gets that skips a branch: up (down x) + bias. All null where there is none. */
 typedef struct Shortcut {
-  const float* down; /* [rank, H] */
-  const float* up;   /* [H, rank] */
-  const float* bias; /* [H] */
+  const uint16_t* down; /* float16 [rank, H] */
+  const uint16_t* up;   /* float16 [H, rank] */
+  const float* bias;    /* [H] */
   int32_t rank;      /* a multiple of 8 */
 } Shortcut;
 
@@ -310,8 +310,8 @@ typedef struct Entry {
   const uint8_t* tokens; /* [rows]: an Entering each */
   float threshold;       /* which a gate's logit must reach */
   int32_t rank;          /* of the branch's shortcut, a multiple of 8; 0 for none */
-  const float* down;     /* [H, rank] */
-  const float* up;       /* [rank, H] */
+  const uint16_t* down;  /* float16 [H, rank] */
+  const uint16_t* up;    /* float16 [rank, H] */
   const float* bias;     /* [H] */
 } Entry;
 
@@ -466,9 +466,9 @@ void gateskip_norm(const void* x, const Norm* norm, int64_t rows, int32_t width,
 /* hidden [.., width] at `places` += added [count, width]; no place comes twice */
 void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32_t width, int32_t bf16,
                        const void* added, int32_t threads);
-/* hidden [.., width] at `places` += up (down x) + bias; down [width, rank], up [rank, width] */
+/* hidden [.., width] at `places` += up (down x) + bias; down [width, rank] and up [rank, width] in float16 */
 void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t* places, int64_t count, int32_t width,
-                       const float* down, const float* up, const float* bias, int32_t rank, int32_t threads);
+                       const uint16_t* down, const uint16_t* up, const float* bias, int32_t rank, int32_t threads);
 /* rotary positions in place: x [rows, heads, width] by cos and sin [rows, rotary_dim] */
 void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t rotary_dim,
                      const void* cos, const void* sin, int32_t threads);

@@ -24,6 +24,10 @@ DEEP = {
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
+GATE = {"use": "gate", "steps": 0, "backbone": "frozen", "length": 32} | {
+    "budgets": (0.8,),
+    "calibration_blocks": 2,
+}
 WEIGHTS = 512 * 512 + 12 * 512 * (64 * (2 * 8 + 2 * 4) + 3 * 2048)
 """47 million: 95 MB in the folder, 190 in float32."""
 
@@ -45,7 +49,7 @@ def growth(parameters: dict[str, Any], first: StageJob, then: StageJob) -> int:
     [
         (6.0, {"use": "int4", "compensate": False}),
         (7.0, {"use": "int4"}),
-        (6.9, {"use": "gate", "steps": 0, "backbone": "frozen", "length": 32}),
+        (6.9, GATE),
         (6.9, {"use": "prune-width", "ratio": 0.2}),
         (5.0, {"use": "prune-hidden", "ratio": 0.2, "round_to": 32}),
         (6.9, {"use": "heal", "backbone": "lora", "steps": 1, "checkpointing": True}),

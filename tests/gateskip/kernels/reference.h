@@ -53,6 +53,12 @@ inline double dot(const float* a, const Row& b) {
   return total;
 }
 
+inline double dot(const uint16_t* a, const Row& b) {  // float16
+  double total = 0;
+  for (size_t i = 0; i < b.size(); i++) total += of_half(a[i]) * b[i];
+  return total;
+}
+
 inline void add(Row& to, const Row& from) {
   for (size_t i = 0; i < to.size(); i++) to[i] += from[i];
 }

@@ -101,7 +101,7 @@ def test_a_library_has_every_function_of_the_header() -> None:
         ("share them */", "share them */ int64_t more;", "structure Step has 72 bytes in the"),
         ("struct Step {", "struct Other {", "structures of api.h and abi.py differ: Other, Step"),
         ("int32_t window;", "int16_t window;", "api.h: type 'int16_t' has no counterpart"),
-        ("ABI_VERSION 16 ", "ABI_VERSION 99 ", "the library has ABI version 16, api.h 99"),
+        ("ABI_VERSION ", "ABI_VERSION 9", r"the library has ABI version (\d+), api.h 9\1"),
         ("INT8_A8 = 13", "INT8_A8 = 14", "enum MatrixKind of api.h is not Kind"),
         ("GELU = 2", "GELU = 3", "enum Activation of api.h is not Activation"),
         ("MAX_ROWS = 64", "MAX_ROWS = 32", "sizes in api.h are .*32"),

@@ -79,6 +79,7 @@ def pair(model: Any, rule: str, rank: int = 6) -> tuple[SkippingModel, SkippingM
         gates.shortcuts = Shortcuts(branches, model.config.hidden_size, ranks)
         for part in gates.shortcuts.requires_grad_(False).parameters():
             part.normal_(std=0.05)
+        gates.shortcuts.settle()
     plain = SkippingModel(model, gates, rule)
     fast = SkippingModel(model, gates, rule, "native", rounded=False)
     return plain, fast, [NEVER_SKIP] + [5.0] * (branches - 1)

@@ -54,6 +54,7 @@ def gated(make_tiny: Callable[..., Path]) -> Callable[[dict[str, Any]], Path]:
         gates.shortcuts = Shortcuts(2 * LAYERS, hidden, 6)
         for part in gates.shortcuts.requires_grad_(False).parameters():
             part.normal_(std=0.05)
+        gates.shortcuts.settle()
         whole = [math.inf if i % 3 == 2 else NEVER_SKIP for i in range(2 * LAYERS)]
         some = [NEVER_SKIP] + [5.0] * (2 * LAYERS - 1)
         save_gates(folder, GateFile(gates, "project", {SOME: some, WHOLE: whole}))

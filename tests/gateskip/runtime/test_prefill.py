@@ -156,6 +156,7 @@ def test_native_shortcuts_are_torchs(
     gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, rank)
     for part in gates.shortcuts.parameters():
         torch.nn.init.normal_(part, std=0.3)
+    gates.shortcuts.settle()
     operations = NativeBackend(model, gates).operations
     hidden, x = (torch.randn(2, 10, gates.hidden_size, dtype=kind) for _ in range(2))
     places = torch.tensor([1, 2, 3, 6, 9, 11, 12, 13, 16, 18, 19])
@@ -241,6 +242,7 @@ def test_a_branch_in_one_call_has_the_bits_of_its_parts(
     gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, 8)
     for part in (gates.weight, *gates.shortcuts.parameters()):
         torch.nn.init.normal_(part, std=0.3)
+    gates.shortcuts.settle()
     stored = model if bits == 16 else integer_copy(model, made, CopyFormat(bits, 32))
     skipping = SkippingModel(stored, gates, backend="native")
     first, second = (torch.randint(3, 500, (rows, n)) for n in (21, 50))

@@ -46,6 +46,7 @@ def half_open(model: Any, rank: int = 6) -> tuple[ScalarGates, list[float]]:
         gates.shortcuts = Shortcuts(branches, model.config.hidden_size, rank)
         for part in gates.shortcuts.requires_grad_(False).parameters():
             part.normal_(std=0.05)
+        gates.shortcuts.settle()
     return gates, [NEVER_SKIP] + [5.0] * (branches - 1)
 
 

@@ -21,7 +21,6 @@ Pass::Pass(const Model& model, const CacheView& cache, const Step& step, const S
       attention_(model, cache, step, shared, id, threads, scratch) {
   x_ = scratch.take<float>(size_t(s.rows) * m.hidden);
   source_ = scratch.take<float>(any(m, [](const Layer& l) { return l.parallel; }) ? size_t(s.rows) * m.hidden : 0);
-  low_ = scratch.take<float>(size_t(s.rows) * m.widest_shortcut);
   entered_ = scratch.take<int>(s.rows);
   skipped_ = scratch.take<int>(s.rows);
   enters_ = scratch.take<bool>(s.rows);
@@ -72,21 +71,22 @@ void Pass::prepare_branch(int branch, const float* source, const Norm& norm, con
   if (id == 0) s.kept[branch] += count_;
 }
 
-// The narrow half of a row's shortcut, while its normed state is at hand.
+// This thread's share of the narrow half of a row's shortcut, while its normed state is at hand.
 void Pass::shortcut_down(const float* x, int row, const Shortcut& around) {
-  float* low = low_ + int64_t(skips_) * around.rank;
-  for (int i = 0; i < around.rank; i++) low[i] = dot(x, around.down + int64_t(i) * m.hidden, m.hidden);
+  const int first = around.rank * id / threads, last = around.rank * (id + 1) / threads;
+  float* low = at.low + int64_t(skips_) * around.rank;
+  for (int i = first; i < last; i++) low[i] = dot(x, halves(around.down) + int64_t(i) * m.hidden, m.hidden);
   skipped_[skips_++] = row;
 }
 
-// The wide half, this thread's share of channels; nobody may be reading the states by now.
+// The wide half, this thread's share of channels: all have done the narrow one, and nobody reads the states any more.
 void Pass::shortcut_up(const Shortcut& around) const {
   const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
   for (int i = 0; i < skips_; i++) {
-    const float* low = low_ + int64_t(i) * around.rank;
+    const float* low = at.low + int64_t(i) * around.rank;
     float* h = s.hidden + int64_t(skipped_[i]) * m.hidden;
     for (int n = first; n < last; n++)
-      h[n] += dot(low, around.up + int64_t(n) * around.rank, around.rank) + around.bias[n];
+      h[n] += dot(low, halves(around.up) + int64_t(n) * around.rank, around.rank) + around.bias[n];
   }
 }
 

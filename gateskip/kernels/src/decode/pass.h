@@ -14,11 +14,13 @@ inline bool any(const Model& m, Question question) {
 // What all threads of a pass write and read: [rows, ...] each
 struct SharedRows : AttentionRows {
   float *inner, *up, *out;  // `out` only for norms after branches
+  float* low;               // what is between the halves of a shortcut
   SharedRows(const Model& m, const CacheView& c, int rows, Slices& memory) : AttentionRows(m, c, rows, memory) {
     auto take = [&](int width) { return memory.take<float>(size_t(rows) * width); };
     inner = take(m.inner);
     up = take(m.inner);
     out = take(any(m, [](const Layer& l) { return l.after_attention.weight || l.after_mlp.weight; }) ? m.hidden : 0);
+    low = take(m.widest_shortcut);
   }
 };
 
@@ -66,7 +68,7 @@ class Pass : Share {
   const Step& s;
   const SharedRows at;
   Attention attention_;
-  float *x_, *source_, *low_;
+  float *x_, *source_;
   int *entered_, count_ = 0;  // rows that enter the branch at hand
   int *skipped_, skips_ = 0;  // rows that take its shortcut
   bool* enters_;              // [rows]

@@ -18,7 +18,7 @@ constexpr int SHORTCUT_ROWS = 4, ACROSS = 2;
 // out [SHORTCUT_ROWS, n] = start [n] (or nothing) + x [SHORTCUT_ROWS, k] @ w [k, n]: `across` vectors of columns, from
 // column `c` on
 template <class V, int across>
-void product_columns(const float* x, int k, const float* w, int n, const float* start, float* out, int c) {
+void product_columns(const float* x, int k, const Half* w, int n, const float* start, float* out, int c) {
   constexpr int lanes = sizeof(V) / sizeof(float);
   V total[SHORTCUT_ROWS][across];
 #pragma GCC unroll 8
@@ -43,7 +43,7 @@ void product_columns(const float* x, int k, const float* w, int n, const float* 
 }
 
 // All columns of it, n a multiple of 8
-void product(const float* x, int k, const float* w, int n, const float* start, float* out) {
+void product(const float* x, int k, const Half* w, int n, const float* start, float* out) {
   constexpr int lanes = sizeof(Widest) / sizeof(float);
   int c = 0;
   for (; c + ACROSS * lanes <= n; c += ACROSS * lanes) product_columns<Widest, ACROSS>(x, k, w, n, start, out, c);
@@ -82,7 +82,7 @@ void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32
 }
 
 void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t* places, int64_t count,
-                       int32_t width, const float* down, const float* up, const float* bias, int32_t rank,
+                       int32_t width, const uint16_t* down, const uint16_t* up, const float* bias, int32_t rank,
                        int32_t threads) {
   auto run = [&](auto* to, const auto* from) {
 #pragma omp parallel num_threads(threads)
@@ -95,8 +95,8 @@ void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t*
         for (int r = 0; r < real; r++)
           for (int i = 0; i < width; i += 8)
             store(inputs.data() + r * width + i, load(from + places[first + r] * width + i));
-        product(inputs.data(), width, down, rank, nullptr, low.data());
-        product(low.data(), rank, up, width, bias, sums.data());
+        product(inputs.data(), width, halves(down), rank, nullptr, low.data());
+        product(low.data(), rank, halves(up), width, bias, sums.data());
         for (int r = 0; r < real; r++) {
           auto* row = to + places[first + r] * width;
           for (int i = 0; i < width; i += 8) store(row + i, load(row + i) + load(sums.data() + r * width + i));

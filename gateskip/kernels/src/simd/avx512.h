@@ -18,6 +18,10 @@ static inline Widest wide_load(const uint16_t* p) {  // bfloat16
   return (Widest)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 
+static inline Widest wide_load(const Half* p) {
+  return (Widest)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
 static inline Widest wide_load(const int8_t* p) {
   return (Widest)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

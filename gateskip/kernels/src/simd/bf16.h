@@ -1,7 +1,12 @@
-// Numbers in bfloat16, one by one.
+// Numbers of 16 bits: bfloat16, one by one, and the type of float16.
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+struct Half {  // float16; a uint16_t is bfloat16
+  uint16_t bits;
+};
+static inline const Half* halves(const uint16_t* p) { return reinterpret_cast<const Half*>(p); }
 
 static inline float bf16_to_float(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;

@@ -148,7 +148,12 @@ static inline int as_bytes(const Whole (&part)[4], int8_t* to) {
   return vaddvq_s32(vaddq_s32(added.low, added.high));
 }
 
-// -- bfloat16 --
+// -- of 16 bits --
+
+static inline F32X8 load(const Half* p) {
+  const float16x8_t v = vreinterpretq_f16_u16(vld1q_u16(&p->bits));
+  return {vcvt_f32_f16(vget_low_f16(v)), vcvt_high_f32_f16(v)};
+}
 
 static inline F32X8 load(const uint16_t* p) {
   const uint16x8_t bits = vld1q_u16(p);
