@@ -33,7 +33,7 @@ stages:
   spec:   {use: speculate, draft_weights: own, draft_budget: 0.6, lookup: false}
 pipelines:
   skipping: [gates, skip80]
-  shipped:  [nf4, gates, spec]
+  shipped:  [gates, nf4, spec]
 benchmark:
   threads: 1
   speed:    {prompt_tokens: 64, new_tokens: 24, repeats: 2, min_seconds: 0.5}
@@ -77,7 +77,7 @@ def cells(done: Path) -> dict[str, Any]:
 
 @pytest.mark.real
 def test_every_cell_is_measured(cells: dict[str, Any]) -> None:
-    assert {"dense", "gates", "skipping", "nf4+gates", "shipped"} <= set(cells)
+    assert {"dense", "gates", "skipping", "gates+nf4", "shipped"} <= set(cells)
     for cell in cells.values():
         assert cell["status"] == "ok", cell
         assert len(cell["speed"]["decode_tokens_per_s"]["repeats"]) == 2
@@ -109,7 +109,7 @@ def test_skipping_saves_and_keeps_sense(cells: dict[str, Any]) -> None:
     assert 0.15 < cell["compute"]["saved_gross"] < 0.28  # calibrated on 256 tokens of another text
     assert cell["compute"]["kept"] == pytest.approx(1 - cell["compute"]["saved_gross"], abs=1e-3)
     assert cell["compute"]["saved_net"] > 0.13
-    for name in ("dense", "nf4+gates"):
+    for name in ("dense", "gates+nf4"):
         assert cells[name]["compute"]["saved_net"] == 0, "smaller, and as many multiply-adds"
     # 3.8 with the short, frozen gates of today; without the anchor token it was above 9.
     assert 1 < cell["quality"]["perplexity"]["ratio_to_baseline"] < 6
@@ -118,7 +118,7 @@ def test_skipping_saves_and_keeps_sense(cells: dict[str, Any]) -> None:
 
 @pytest.mark.real
 def test_packed_weights_are_small_and_near(cells: dict[str, Any]) -> None:
-    dense, packed = cells["dense"], cells["nf4+gates"]
+    dense, packed = cells["dense"], cells["gates+nf4"]
     assert packed["size"]["disk_bytes"] < 0.5 * dense["size"]["disk_bytes"]
     assert packed["size"]["resident_bytes"] < 0.5 * dense["size"]["resident_bytes"]
     assert packed["quality"]["greedy_agreement"] > 0.6  # 0.67: no 4-bit grid to find again
@@ -152,4 +152,4 @@ def test_report_and_pick(done: Path) -> None:
     assert "shipped" in html and "<script src" not in html
     picked = gateskip("pick", "runs/small", "--maximize", "size", "--json", folder=done)
     assert picked.returncode == 0, picked.stderr
-    assert json.loads(picked.stdout)["cell"]["name"] in ("nf4", "nf4+gates", "shipped")
+    assert json.loads(picked.stdout)["cell"]["name"] in ("nf4", "gates+nf4", "shipped")
