@@ -288,6 +288,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         made.shutdown()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> chaos.Chaos:
+    """The pipeline of chaos, and what it gives where nothing goes."""
+    return chaos.Chaos(tmp_path_factory.mktemp("whole"), 0, 1.0)
+
+
 class Run:
     """`gateskip run --executor ray` on the pipeline of chaos, as a process of its own."""
 
@@ -322,9 +328,8 @@ class Run:
 
 @pytest.mark.slow
 def test_a_matrix_on_a_cluster_whose_workers_and_nodes_go_ends_like_a_local_one(
-    cluster: Any, tmp_path: Path
+    whole: chaos.Chaos, cluster: Any, tmp_path: Path
 ) -> None:
-    whole = chaos.Chaos(tmp_path, 0, 1.0)
     out = tmp_path / "ray"
     run = Run(whole, out, cluster.address)
     run.wait_for_worker("step", "gates").send_signal(signal.SIGKILL)
@@ -337,12 +342,13 @@ def test_a_matrix_on_a_cluster_whose_workers_and_nodes_go_ends_like_a_local_one(
     told = run.finish()
     assert "attempt 1 of 3" in told and "SIGKILL" in told
     assert chaos.differences(whole.wanted, chaos.comparable(out)) == []
-    assert chaos.left_files(out, tmp_path / "scratch") == []
+    assert chaos.left_files(out, whole.folder / "scratch") == []
 
 
 @pytest.mark.slow
-def test_a_run_whose_cluster_went_goes_on_elsewhere(cluster: Any, tmp_path: Path) -> None:
-    whole = chaos.Chaos(tmp_path, 0, 1.0)
+def test_a_run_whose_cluster_went_goes_on_elsewhere(
+    whole: chaos.Chaos, cluster: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "ray"
     run = Run(whole, out, cluster.address)
     run.wait_for_worker("cell", "cell-")
