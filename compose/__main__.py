@@ -10,9 +10,6 @@ from compose.extras import missing_extra
 def main() -> None:
     """Run the command line; 2, with the extra's name, where a library of an extra is missing."""
     try:
-        from compose.capacity import limit_threads
-
-        limit_threads()
         from compose.cli import main as run
 
         run()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compose.capacity import limit_threads
 from compose.terminal.commands import machine, models, pipelines, results
 from compose.terminal.commands.bench import bench
 from compose.terminal.commands.cache import cache
@@ -89,7 +90,8 @@ def main_options(
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point. Torch is imported by the commands that need it."""
+    limit_threads()
     app()
 
 
