@@ -35,8 +35,8 @@ def core_count() -> int:
 def limit_threads() -> None:
     """Where a control group gives less time than there are cores, let torch, which is not imported
     yet, and child processes use only as many threads. A setting of the user stays."""
-    if core_count() < len(usable_cores()):
-        os.environ.setdefault(THREADS, str(core_count()))
+    if (cores := core_count()) < len(usable_cores()):
+        os.environ.setdefault(THREADS, str(cores))
 
 
 def free_memory() -> int:
@@ -69,8 +69,8 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
             with contextlib.suppress(ValueError, IndexError):
-                files = int(_words(folder / limit)[0]), int(_words(folder / used)[0])
-                yield files[0], files[1] - _cached_files(folder)
+                most, held = (int(_words(folder / file)[0]) for file in (limit, used))
+                yield most, held - _cached_files(folder)
 
 
 def _cached_files(folder: Path) -> int:

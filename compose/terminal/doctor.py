@@ -50,14 +50,16 @@ def _python() -> Finding:
 def _threads() -> Finding:
     setting = os.environ.get(THREADS)
     cores, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
-    usable = f", {core_count()} for this process" if core_count() != logical else ""
+    here = core_count()
+    usable = f", {here} for this process" if here != logical else ""
     limit = f", {THREADS}={setting}" if setting else ""
     return Finding("threads", "ok", f"{cores} cores, {logical} logical{usable}{limit}")
 
 
 def _memory() -> Finding:
-    free = f"{bytes_text(free_memory())} free of {bytes_text(total_memory())}"
-    if free_memory() >= MEMORY_WANTED:
+    left = free_memory()
+    free = f"{bytes_text(left)} free of {bytes_text(total_memory())}"
+    if left >= MEMORY_WANTED:
         return Finding("memory", "ok", free)
     return Finding("memory", "note", free, "close other programs, or use a smaller model")
 

@@ -120,7 +120,7 @@ typedef struct Shortcut {
   const uint16_t* down; /* float16 [rank, H] */
   const uint16_t* up;   /* float16 [H, rank] */
   const float* bias;    /* [H] */
-  int32_t rank;      /* a multiple of 8 */
+  int32_t rank;         /* a multiple of 8 */
 } Shortcut;
 
 typedef struct Layer {

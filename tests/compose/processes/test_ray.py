@@ -270,9 +270,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head without cores, and two nodes with one each, the second marked for speed."""
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # by default other tests take most of the time
-    monkeypatch.setenv(
-        "RAY_gcs_rpc_server_reconnect_timeout_s", "10"
-    )  # a head that went stays away
+    # A head that went stays away.
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     from ray.cluster_utils import Cluster
 
     sizes = {"object_store_memory": 80_000_000, "memory": 4_000_000_000}

@@ -24,7 +24,11 @@ DEEP = {
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
-GATE = {"use": "gate", "steps": 0, "backbone": "frozen", "length": 32} | {
+GATE = {
+    "use": "gate",
+    "steps": 0,
+    "backbone": "frozen",
+    "length": 32,
     "budgets": (0.8,),
     "calibration_blocks": 2,
 }

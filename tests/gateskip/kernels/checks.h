@@ -71,20 +71,20 @@ inline std::vector<uint16_t> to_bf16(const std::vector<float>& v) {
 }
 
 // float16 of numbers whose size is 0 or at least 2^-14, the rest of the mantissa cut off; and back
-inline uint16_t to_half(float v) {
+inline uint16_t to_float16(float v) {
   int exponent;
   const float part = std::frexp(std::fabs(v), &exponent);
   return v == 0 || exponent < -13 ? 0 : uint16_t((v < 0) << 15 | (exponent + 14) << 10 | (int(part * 2048) & 1023));
 }
 
-inline float of_half(uint16_t bits) {
+inline float from_float16(uint16_t bits) {
   const float size = bits & 0x7fff ? std::ldexp(float(1024 | (bits & 1023)), (bits >> 10 & 31) - 25) : 0;
   return bits >> 15 ? -size : size;
 }
 
-inline std::vector<uint16_t> to_half(const std::vector<float>& v) {
+inline std::vector<uint16_t> to_float16(const std::vector<float>& v) {
   std::vector<uint16_t> out;
-  for (float number : v) out.push_back(to_half(number));
+  for (float number : v) out.push_back(to_float16(number));
   return out;
 }
 

@@ -277,7 +277,7 @@ void rows_of(int width, bool bf16, float by) {
     const float more = r == 1 ? 0 : added.fp32[(r == 2 ? 0 : width) + i % width];
     check(near(x.at(i, bf16), before[i] + more, by), "add", width, r, bf16);
   }
-  const std::vector<uint16_t> down = to_half(normal(size_t(width) * rank, 0.1f)), up = to_half(normal(size_t(rank) * width, 0.1f));
+  const std::vector<uint16_t> down = to_float16(normal(size_t(width) * rank, 0.1f)), up = to_float16(normal(size_t(rank) * width, 0.1f));
   const std::vector<float> bias = normal(width);
   std::vector<float> was;
   for (int i = 0; i < rows * width; i++) was.push_back(x.at(i, bf16));
@@ -288,8 +288,8 @@ void rows_of(int width, bool bf16, float by) {
       double more = r == 1 ? 0 : bias[n];
       for (int j = 0; j < rank && r != 1; j++) {
         double low = 0;
-        for (int i = 0; i < width; i++) low += double(out.at(size_t(r) * width + i, bf16)) * of_half(down[size_t(i) * rank + j]);
-        more += low * of_half(up[size_t(j) * width + n]);
+        for (int i = 0; i < width; i++) low += double(out.at(size_t(r) * width + i, bf16)) * from_float16(down[size_t(i) * rank + j]);
+        more += low * from_float16(up[size_t(j) * width + n]);
       }
       check(near(x.at(size_t(r) * width + n, bf16), was[size_t(r) * width + n] + more, by), "shortcut", width, r, bf16);
     }
@@ -411,14 +411,14 @@ double distance(const float* numbers, const Row& wanted) {
 struct Network {
   std::vector<std::unique_ptr<Dense>> weights;
   std::vector<std::vector<float>> vectors;
-  std::vector<std::vector<uint16_t>> halves;
+  std::vector<std::vector<uint16_t>> float16s;
   std::vector<Layer> layer;
   Model model{};
   const bool bf16;
   const Form form;
 
   const float* vector(size_t n) { return vectors.emplace_back(normal(n)).data(); }
-  const uint16_t* half_vector(size_t n) { return halves.emplace_back(to_half(normal(n))).data(); }
+  const uint16_t* float16_vector(size_t n) { return float16s.emplace_back(to_float16(normal(n))).data(); }
   Matrix dense(int n, int k) { return weights.emplace_back(new Dense(n, k, bf16))->matrix; }
   Norm norm(int width) {
     const float* shift = form == PARALLEL ? vector(width) : nullptr;
@@ -427,7 +427,7 @@ struct Network {
 
   Network(const Sizes& z, int rotary, bool bf16, Form form) : layer(2), bf16(bf16), form(form) {
     const int hidden = z.hidden, inner = z.inner, heads = z.heads, kv_heads = z.kv_heads, head_dim = z.head_dim, rank = 8;
-    vectors.reserve(200), halves.reserve(4);
+    vectors.reserve(200), float16s.reserve(4);
     for (auto& l : layer) {
       l = Layer{};
       l.q = dense(heads * head_dim, hidden), l.k = dense(kv_heads * head_dim, hidden), l.v = dense(kv_heads * head_dim, hidden);
@@ -451,7 +451,7 @@ struct Network {
       const bool whole = form == POST;
       if (form != PARALLEL) l.norm_q = norm(whole ? heads * head_dim : head_dim), l.norm_k = norm(whole ? kv_heads * head_dim : head_dim);
       l.weight_attention = vector(hidden), l.weight_mlp = vector(hidden);
-      l.short_attention = {half_vector(size_t(rank) * hidden), half_vector(size_t(rank) * hidden), vector(hidden), rank};
+      l.short_attention = {float16_vector(size_t(rank) * hidden), float16_vector(size_t(rank) * hidden), vector(hidden), rank};
       l.short_mlp = l.short_attention;
       l.rope = form == SANDWICH && &l == &layer[0], l.rotary_dim = rotary, l.window = &l == &layer[0] ? 5 : 0;
       l.scaling = 0.3f, l.softcap = form == SANDWICH ? 2.0f : 0, l.activation = form, l.parallel = form == PARALLEL;

@@ -55,7 +55,7 @@ inline double dot(const float* a, const Row& b) {
 
 inline double dot(const uint16_t* a, const Row& b) {  // float16
   double total = 0;
-  for (size_t i = 0; i < b.size(); i++) total += of_half(a[i]) * b[i];
+  for (size_t i = 0; i < b.size(); i++) total += from_float16(a[i]) * b[i];
   return total;
 }
 

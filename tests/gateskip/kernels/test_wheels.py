@@ -315,17 +315,22 @@ def test_a_wheel_decodes_without_a_compiler(
 @pytest.mark.slow
 @on_x86_linux
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-def test_a_level_gives_the_bits_of_a_local_build(wheel: Path, tmp_path: Path) -> None:
-    """All kernels over odd sizes, in the lowest level, whose bits a build for the oldest processor
-    with it has. Tokens of this processor's level: the test above."""
-    if prebuilt.choose(prebuilt.features_here()) is None:
+@pytest.mark.parametrize("processor", ["haswell", "native"])
+def test_a_level_gives_the_bits_of_a_local_build(
+    wheel: Path, tmp_path: Path, processor: str
+) -> None:
+    """All kernels over odd sizes, in the lowest level and in this processor's; a build for another
+    processor stands for a build on it."""
+    here = prebuilt.choose(prebuilt.features_here())
+    if here is None:
         pytest.skip("no level fits this processor")
+    level = here if processor == "native" else "avx2"
     for name in ("local", "wheel"):
         (tmp_path / name).mkdir()
-    flags = [flag.replace("=native", "=haswell") for flag in build.FLAGS]
+    flags = [flag.replace("=native", f"={processor}") for flag in build.FLAGS]
     local = tmp_path / "local" / "kernels.so"
     assert build.compile_kernels("g++", build.source_files(), local, flags) is None
-    (tmp_path / "wheel" / "kernels.so").write_bytes(library_in(wheel, "avx2"))
+    (tmp_path / "wheel" / "kernels.so").write_bytes(library_in(wheel, level))
     program = link("g++", local, tmp_path / "odd_sizes")
     outputs = [
         subprocess.run(

@@ -75,7 +75,7 @@ void Pass::prepare_branch(int branch, const float* source, const Norm& norm, con
 void Pass::shortcut_down(const float* x, int row, const Shortcut& around) {
   const int first = around.rank * id / threads, last = around.rank * (id + 1) / threads;
   float* low = at.low + int64_t(skips_) * around.rank;
-  for (int i = first; i < last; i++) low[i] = dot(x, halves(around.down) + int64_t(i) * m.hidden, m.hidden);
+  for (int i = first; i < last; i++) low[i] = dot(x, as_float16(around.down) + int64_t(i) * m.hidden, m.hidden);
   skipped_[skips_++] = row;
 }
 
@@ -86,7 +86,7 @@ void Pass::shortcut_up(const Shortcut& around) const {
     const float* low = at.low + int64_t(i) * around.rank;
     float* h = s.hidden + int64_t(skipped_[i]) * m.hidden;
     for (int n = first; n < last; n++)
-      h[n] += dot(low, halves(around.up) + int64_t(n) * around.rank, around.rank) + around.bias[n];
+      h[n] += dot(low, as_float16(around.up) + int64_t(n) * around.rank, around.rank) + around.bias[n];
   }
 }
 

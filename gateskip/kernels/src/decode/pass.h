@@ -14,7 +14,7 @@ inline bool any(const Model& m, Question question) {
 // What all threads of a pass write and read: [rows, ...] each
 struct SharedRows : AttentionRows {
   float *inner, *up, *out;  // `out` only for norms after branches
-  float* low;               // what is between the halves of a shortcut
+  float* low;               // down x of the rows that take a shortcut
   SharedRows(const Model& m, const CacheView& c, int rows, Slices& memory) : AttentionRows(m, c, rows, memory) {
     auto take = [&](int width) { return memory.take<float>(size_t(rows) * width); };
     inner = take(m.inner);

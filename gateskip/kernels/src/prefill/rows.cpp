@@ -18,7 +18,7 @@ constexpr int SHORTCUT_ROWS = 4, ACROSS = 2;
 // out [SHORTCUT_ROWS, n] = start [n] (or nothing) + x [SHORTCUT_ROWS, k] @ w [k, n]: `across` vectors of columns, from
 // column `c` on
 template <class V, int across>
-void product_columns(const float* x, int k, const Half* w, int n, const float* start, float* out, int c) {
+void product_columns(const float* x, int k, const Float16* w, int n, const float* start, float* out, int c) {
   constexpr int lanes = sizeof(V) / sizeof(float);
   V total[SHORTCUT_ROWS][across];
 #pragma GCC unroll 8
@@ -43,7 +43,7 @@ void product_columns(const float* x, int k, const Half* w, int n, const float* s
 }
 
 // All columns of it, n a multiple of 8
-void product(const float* x, int k, const Half* w, int n, const float* start, float* out) {
+void product(const float* x, int k, const Float16* w, int n, const float* start, float* out) {
   constexpr int lanes = sizeof(Widest) / sizeof(float);
   int c = 0;
   for (; c + ACROSS * lanes <= n; c += ACROSS * lanes) product_columns<Widest, ACROSS>(x, k, w, n, start, out, c);
@@ -95,8 +95,8 @@ void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t*
         for (int r = 0; r < real; r++)
           for (int i = 0; i < width; i += 8)
             store(inputs.data() + r * width + i, load(from + places[first + r] * width + i));
-        product(inputs.data(), width, halves(down), rank, nullptr, low.data());
-        product(low.data(), rank, halves(up), width, bias, sums.data());
+        product(inputs.data(), width, as_float16(down), rank, nullptr, low.data());
+        product(low.data(), rank, as_float16(up), width, bias, sums.data());
         for (int r = 0; r < real; r++) {
           auto* row = to + places[first + r] * width;
           for (int i = 0; i < width; i += 8) store(row + i, load(row + i) + load(sums.data() + r * width + i));

@@ -68,7 +68,7 @@ static inline F32X8 load(const uint16_t* p) {  // bfloat16
   return (F32X8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
 }
 
-static inline F32X8 load(const Half* p) {
+static inline F32X8 load(const Float16* p) {
   return (F32X8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 

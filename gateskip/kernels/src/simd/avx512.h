@@ -18,7 +18,7 @@ static inline Widest wide_load(const uint16_t* p) {  // bfloat16
   return (Widest)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 
-static inline Widest wide_load(const Half* p) {
+static inline Widest wide_load(const Float16* p) {
   return (Widest)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 

@@ -3,10 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
-struct Half {  // float16; a uint16_t is bfloat16
+struct Float16 {  // float16; a uint16_t is bfloat16
   uint16_t bits;
 };
-static inline const Half* halves(const uint16_t* p) { return reinterpret_cast<const Half*>(p); }
+static inline const Float16* as_float16(const uint16_t* p) { return reinterpret_cast<const Float16*>(p); }
 
 static inline float bf16_to_float(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;

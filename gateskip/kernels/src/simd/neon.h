@@ -150,7 +150,7 @@ static inline int as_bytes(const Whole (&part)[4], int8_t* to) {
 
 // -- of 16 bits --
 
-static inline F32X8 load(const Half* p) {
+static inline F32X8 load(const Float16* p) {
   const float16x8_t v = vreinterpretq_f16_u16(vld1q_u16(&p->bits));
   return {vcvt_f32_f16(vget_low_f16(v)), vcvt_high_f32_f16(v)};
 }
