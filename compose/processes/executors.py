@@ -3,6 +3,7 @@ machines."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,8 @@ from typing import Any, Protocol
 from compose.capacity import core_count, free_memory
 from compose.contract import ANYWHERE, Needs, Role
 from compose.errors import UserError, suggest
-from compose.processes.worker_process import LocalWorker, Worker
+from compose.processes.fork_server import ForkServer
+from compose.processes.worker_process import LocalWorker, Worker, start_process
 from compose.results.environment import capture_environment
 
 MAX_WORKERS = 2
@@ -74,14 +76,18 @@ class LocalExecutor(TimedHere):
         fitting = free_memory() // BYTES_PER_WORKER
         self.slots = workers or max(1, min(cores, fitting, MAX_WORKERS))
         self.share = max(1, cores // self.slots)
+        self._forks = ForkServer() if sys.platform == "linux" else None
 
     def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
         """Start a worker as a child process."""
         threads = self.threads if needs.here else self.share
-        return LocalWorker(role, job, log, threads, needs.allowed)
+        start = self._forks.start if self._forks else start_process
+        return LocalWorker(role, job, log, threads, needs.allowed, start)
 
     def close(self) -> None:
-        """Nothing to do: `stop` ends workers."""
+        """End the fork server. `stop` ends workers."""
+        if self._forks is not None:
+            self._forks.close()
 
 
 def _ray_executor(threads: int | None, workers: int | None) -> Executor:

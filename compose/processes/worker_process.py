@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from compose.contract import UNLIMITED, Allowed, Job, Message, Role, write_job
 from compose.errors import (
@@ -102,11 +102,51 @@ def worker_command(role: Role, job: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "compose.workers.main", role, str(job)]
 
 
+class Process(Protocol):
+    """A worker's process: as much of `subprocess.Popen` as is used here."""
+
+    pid: int
+    stdin: IO[bytes] | None
+    stdout: IO[bytes] | None
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The return code; None while it runs."""
+
+    def wait(self) -> int:
+        """Wait for its end; the return code."""
+
+
+StartProcess = Callable[[Role, Path, Mapping[str, str], IO[bytes]], Process]
+"""Starts a worker's process on a job file, in an environment, with its output to a file."""
+
+
+def start_process(
+    role: Role, job: Path, environment: Mapping[str, str], output: IO[bytes]
+) -> Process:
+    """Start a worker's process, which then imports what it needs."""
+    return subprocess.Popen(
+        worker_command(role, job),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=output,
+        env=environment,
+        bufsize=0,
+        start_new_session=True,  # Ctrl-C is for the runner, which then ends its workers
+    )
+
+
 class LocalWorker:
     """A worker that is a child of this process, in a process group of its own."""
 
     def __init__(
-        self, role: Role, job: Path, log: Path, threads: int | None, allowed: Allowed = UNLIMITED
+        self,
+        role: Role,
+        job: Path,
+        log: Path,
+        threads: int | None,
+        allowed: Allowed = UNLIMITED,
+        start: StartProcess = start_process,
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self.allowed = log, allowed
@@ -122,15 +162,9 @@ class LocalWorker:
         scratch = scratch_of(log.absolute())
         scratch.mkdir(exist_ok=True, mode=0o700)
         with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                worker_command(role, job),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env=worker_environment(threads, scratch) | {"GATESKIP_PARENT": str(os.getpid())},
-                bufsize=0,
-                start_new_session=True,  # Ctrl-C is for the runner, which then ends its workers
-            )
+            environment = worker_environment(threads, scratch)
+            environment["GATESKIP_PARENT"] = str(os.getpid())
+            self.process = start(role, job, environment, output)
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send it a command; if it is dead, `receive` reports that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,14 +99,14 @@ def compress(
         UserError: no variant meets the bounds; the message names the nearest. The run stays.
         StepError: an export does not load as it should.
     """
-    executor = make_executor("local", plan.pipeline.benchmark.threads, workers)
-    result = run(plan, settings, executor, board)
+    threads = plan.pipeline.benchmark.threads
+    result = run(plan, settings, make_executor("local", threads, workers), board)
     cell = choose(result.results, request)
     is_new = not is_current(result.folder, cell.name, request.to)
     if is_new:
         line = board.line(f"export {cell.name} to {request.to}")
-        with result.folder.locked():
-            export_cell(result.folder, cell.name, request.to, make_executor("local", None))
+        with result.folder.locked(), contextlib.closing(make_executor("local", None)) as executor:
+            export_cell(result.folder, cell.name, request.to, executor)
         line.done()
     done = Compressed(request.to, cell.name, result.results, result.folder.root)
     return _in_formats(done, request, board, is_new=is_new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from compose.contract import CompressedTensorsJob, GgufJob
@@ -66,8 +67,8 @@ def export_cell_as(
     run = RunFolder.existing(run_dir)
     with run.locked():
         if output_format == HF:
-            executor = make_executor("local", None)
-            export_cell(run, name, to, executor, compare_tokens=verify)
+            with contextlib.closing(make_executor("local", None)) as executor:
+                export_cell(run, name, to, executor, compare_tokens=verify)
             same = ": the same logits and tokens as its source" if verify else ""
             return f"{name} exported to {to}{same}"
         planned, source = stored_cell(run, load_results(run.results_file).cell(name))

@@ -203,13 +203,13 @@ def results_of(out: Path) -> Results:
     return load_results(out / "small" / "results.json")
 
 
-# A worker as it is, but for a stage and a measurement that take their time and leave marks.
+# A fork server as it is, but for a stage and a measurement that take their time and leave marks.
 SLOW_WORKER = """
 import json, os, shutil, sys, time, types
 from functools import partial
 from pathlib import Path
 from dataclasses import make_dataclass
-from compose.workers import main, step
+from compose.workers import fork_server, main
 from compose.stages.registry import DropLayers
 
 marks = Path(os.environ["TEST_MARKS"])
@@ -267,16 +267,14 @@ bench = types.ModuleType("compose.bench.cell")
 bench.CellBench = SlowBench
 sys.modules["compose.bench.cell"] = bench
 main.ROLES["fetch"] = lambda job, channel: []  # nothing here reads a text
-# It imports transformers: seconds that test nothing.
-main.seed_everything = step.seed_everything = lambda seed: None
-sys.exit(main.main(*sys.argv[1:]))
+fork_server.run()
 """
 
 RUNNER = """
 import sys
-from compose.processes import worker_process
+from compose.processes import fork_server
 from compose.cli import app
-worker_process.worker_command = lambda role, job: [sys.executable, {worker!r}, role, str(job)]
+fork_server.SERVER = [sys.executable, {worker!r}]
 app(sys.argv[1:])
 """
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -16,15 +16,18 @@ import psutil
 import pytest
 from jobs import write_idle_job
 
-from compose.contract import AnswerJob, Role
+from compose.contract import AnswerJob, ProbeJob, Role, write_job
 from compose.errors import ArtifactError, StepError, UserError
 from compose.processes import worker_process
-from compose.processes.executors import LocalExecutor, make_executor
+from compose.processes.executors import make_executor
+from compose.processes.fork_server import ForkedProcess, ForkServer
 from compose.processes.worker_process import (
     LocalWorker,
+    StartProcess,
     Worker,
     ask_once,
     await_answer,
+    start_process,
     worker_environment,
 )
 from compose.workers.main import ROLES
@@ -54,13 +57,24 @@ def alive(pid: int) -> bool:
         return False
 
 
-def idle_cell(folder: Path) -> LocalWorker:
+@pytest.fixture(scope="module")
+def forks() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["imports", "forked"])
+def start(request: pytest.FixtureRequest, forks: ForkServer) -> StartProcess:
+    """How a worker's process is started."""
+    return start_process if request.param == "imports" else forks.start
+
+
+def idle_cell(folder: Path, start: StartProcess = start_process) -> LocalWorker:
     """A worker of role `cell`: it imports nothing heavy and waits for commands."""
     job = folder / "job.json"
     write_idle_job(job)
-    worker = LocalExecutor(threads=3).start("cell", job, folder / "logs" / "cell.log")
-    assert isinstance(worker, LocalWorker)
-    return worker
+    return LocalWorker("cell", job, folder / "logs" / "cell.log", 3, start=start)
 
 
 def group_of(worker: LocalWorker) -> list[int]:
@@ -70,8 +84,8 @@ def group_of(worker: LocalWorker) -> list[int]:
     return [leader, *(child.pid for child in psutil.Process(leader).children())]
 
 
-def test_an_answer_is_data_and_so_is_an_error(tmp_path: Path) -> None:
-    worker = idle_cell(tmp_path)
+def test_an_answer_is_data_and_so_is_an_error(tmp_path: Path, start: StartProcess) -> None:
+    worker = idle_cell(tmp_path, start)
     worker.send({"do": "speed", "round": 0, "batch": 1})
     message = worker.receive()
     assert not message["ok"]
@@ -84,8 +98,10 @@ def test_an_answer_is_data_and_so_is_an_error(tmp_path: Path) -> None:
     worker.stop()
 
 
-def test_stop_ends_the_whole_group_and_may_be_called_twice(tmp_path: Path) -> None:
-    worker = idle_cell(tmp_path)
+def test_stop_ends_the_whole_group_and_may_be_called_twice(
+    tmp_path: Path, start: StartProcess
+) -> None:
+    worker = idle_cell(tmp_path, start)
     pids = group_of(worker)
     worker.stop()
     worker.stop()
@@ -95,10 +111,12 @@ def test_stop_ends_the_whole_group_and_may_be_called_twice(tmp_path: Path) -> No
         worker.receive()
 
 
-def test_the_error_of_a_killed_worker_has_its_signal_and_the_end_of_its_log(tmp_path: Path) -> None:
+def test_the_error_of_a_killed_worker_has_its_signal_and_the_end_of_its_log(
+    tmp_path: Path, start: StartProcess
+) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "cell.log").write_text("from an earlier run\n")
-    worker = idle_cell(tmp_path)
+    worker = idle_cell(tmp_path, start)
     pids = group_of(worker)
     assert soon(lambda: "--- cell" in (tmp_path / "logs" / "cell.log").read_text())
     os.kill(pids[0], signal.SIGKILL)
@@ -230,6 +248,36 @@ def test_the_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "2"
     assert environment["PYTHONPATH"].split(os.pathsep) == ["/somewhere", str(ROOT)]
     assert environment.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE"), "not forced"
+
+
+def test_a_forked_worker_has_what_it_was_started_with(
+    forks: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "probe.json"
+    role = write_job(job, ProbeJob())
+    monkeypatch.chdir(tmp_path)
+    worker = LocalWorker(role, job, tmp_path / "log", 3, start=forks.start)
+    assert worker.receive()["threads"] == 3
+    assert psutil.Process(worker.process.pid).cwd() == str(tmp_path)
+    assert os.getsid(worker.process.pid) == worker.process.pid
+    assert set(os.listdir(f"/proc/{worker.process.pid}/fd")) <= set(map(str, range(8)))
+    worker.stop()
+    assert worker.process.returncode == -signal.SIGTERM
+
+
+def test_workers_start_where_the_fork_server_was_killed(tmp_path: Path) -> None:
+    forks = ForkServer()
+    worker = idle_cell(tmp_path, forks.start)
+    assert isinstance(worker.process, ForkedProcess)
+    assert forks._server is not None
+    forks._server.kill()
+    worker.send({"do": "speed"})
+    assert not worker.receive()["ok"], "what was forked goes on"
+    worker.stop()
+    worker = idle_cell(tmp_path, forks.start)
+    assert isinstance(worker.process, subprocess.Popen)
+    worker.stop()
+    forks.close()
 
 
 def test_a_folder_named_compose_where_the_user_stands_does_no_harm(
