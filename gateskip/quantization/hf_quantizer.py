@@ -21,6 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gateskip.quantization.grid_linear import METHOD, GridEmbedding, GridLinear, SharedHead
 
+SYMMETRIC_FROM = 6
+"""Bits, from which on groups have no minimum: `NO_OFFSET` of the stages that write such folders."""
+
 
 class GridConfig(QuantizationConfigMixin):
     """The quantization config of a folder of grids."""
@@ -60,9 +63,9 @@ class GridConfig(QuantizationConfigMixin):
         return layer.get("bits", self.bits), layer.get("group_size", self.group_size)
 
     def has_minima(self, name: str) -> bool:
-        """Whether a layer's groups have a minimum; 8 bits are symmetric."""
+        """Whether a layer's groups have a minimum; 6 bits and more are symmetric."""
         offset = self.layers.get(name, {}).get("offset", self.offset)
-        return offset != "none" and self.of(name)[0] < 8
+        return offset != "none" and self.of(name)[0] < SYMMETRIC_FROM
 
 
 class GridQuantizer(HfQuantizer):
