@@ -44,15 +44,15 @@ $(VENV)/.created:
 
 $(VENV)/.run: $(VENV)/.created pyproject.toml
 	@echo 'Installing into $(VENV): a few minutes, most of it torch'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compress,eval,report,serve]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[compress,eval,report,serve]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.docs
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
 quickstart: $(VENV)/.run
@@ -114,7 +114,7 @@ arm:
 
 # Triton takes a gigabyte, so that make test skips these tests where it is missing.
 $(VENV)/.gpu: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[gpu]'
 	@touch $@
 
 gpu-interpreted: $(VENV)/.gpu

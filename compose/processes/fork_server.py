@@ -112,7 +112,7 @@ class ForkServer:
                 socket.send_fds(self._socket, [json.dumps(asked).encode()], ends)
                 pid = int(self._socket.recv(64) or 0)
         except OSError:
-            pass  # it was killed
+            pass  # the server was killed, or no orphan can be adopted
         finally:
             os.close(commands)
             os.close(messages)
@@ -126,9 +126,14 @@ class ForkServer:
 
 @contextlib.contextmanager
 def adopting_orphans() -> Iterator[None]:
-    """Within, a process whose parent ends becomes a child of this one, not of the first process."""
+    """Within, a process whose parent ends becomes a child of this one, not of the first process.
+
+    Raises:
+        OSError: the kernel does not offer it.
+    """
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    if prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     try:
         yield
     finally:

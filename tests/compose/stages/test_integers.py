@@ -56,7 +56,7 @@ def kl(folder: Path, dense: Path) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("use", ["int8", "int4"])
+@pytest.mark.parametrize("use", ["int8", "int6", "int4"])
 def test_a_loaded_folder_takes_the_bytes_of_its_file(
     use: str, round_it: Callable[..., Made]
 ) -> None:
@@ -124,8 +124,15 @@ def test_a_folder_comes_back_as_it_was_rounded(
 def test_more_bits_are_nearer_to_the_dense_model(
     round_it: Callable[..., Made], tiny_llama: Path
 ) -> None:
-    far = [kl(round_it(use=use)[0], tiny_llama) for use in ("int8", "int4", "int3", "int2")]
-    assert far == sorted(far) and far[0] < far[3] / 100
+    stages = ("int8", "int6", "int4", "int3", "int2")
+    far = [kl(round_it(use=use)[0], tiny_llama) for use in stages]
+    assert far == sorted(far) and far[0] < far[-1] / 100
+
+
+def test_layers_of_6_bits_beside_4_load_without_a_minimum(round_it: Callable[..., Made]) -> None:
+    folder, _ = round_it(use="int4", mixed={"down_proj": 6})
+    layer = load_model(folder).get_submodule("model.layers.0.mlp.down_proj")
+    assert (layer.bits, layer.minimum) == (6, None)
 
 
 def test_compensation_lowers_errors_in_the_model(round_it: Callable[..., Made]) -> None:
