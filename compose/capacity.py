@@ -53,7 +53,7 @@ def total_memory() -> int:
 def _cpu_quota() -> float | None:
     """Seconds of processor time for each second, by the tightest limit; None without a limit."""
     quotas = []
-    for folder in _groups("cpu"):
+    for folder in control_groups("cpu"):
         words = _words(folder / "cpu.max")
         words = words or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
         with contextlib.suppress(ValueError, IndexError, ZeroDivisionError):  # "max", or no limit
@@ -63,7 +63,7 @@ def _cpu_quota() -> float | None:
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
     """Limits in bytes, each with what counts against it and cannot be given back."""
-    for folder in _groups("memory"):
+    for folder in control_groups("memory"):
         for limit, used in (
             ("memory.max", "memory.current"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -75,12 +75,11 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 
 def _cached_files(folder: Path) -> int:
     """Bytes of files that are in memory because they were read."""
-    words = _words(folder / "memory.stat")
-    named = dict(zip(words[::2], words[1::2], strict=False))
-    return sum(int(named.get(key, 0)) for key in ("active_file", "inactive_file"))
+    counts = counters(folder / "memory.stat")
+    return counts.get("active_file", 0) + counts.get("inactive_file", 0)
 
 
-def _groups(controller: str) -> Iterator[Path]:
+def control_groups(controller: str) -> Iterator[Path]:
     """Folders of this process's control group and of those above it. A container usually sees only
     its own, as the root."""
     for line in _lines(MEMBERSHIP):
@@ -90,6 +89,13 @@ def _groups(controller: str) -> Iterator[Path]:
         root = GROUPS / controller if controllers else GROUPS
         folder = root / path.strip("/")
         yield from (place for place in (folder, *folder.parents) if place.is_relative_to(root))
+
+
+def counters(file: Path) -> dict[str, int]:
+    """Name -> number, of a file of the system with one on each line; empty where there is none."""
+    words = _words(file)
+    pairs = zip(words[::2], words[1::2], strict=False)
+    return {name: int(number) for name, number in pairs if number.isdigit()}
 
 
 def _lines(file: Path) -> list[str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from compose.capacity import control_groups, counters
+
 
 def reset_peak() -> None:
     """Reset the peak to the memory held now, where the system can (Linux)."""
@@ -67,13 +69,12 @@ def peak_bytes() -> int:
 def oom_kills() -> int:
     """Processes that the kernel has ended for want of memory since it began to count: in this
     control group where that is told, else on this machine. 0 where nothing is told."""
-    for file, key in (
-        (Path("/sys/fs/cgroup/memory.events"), "oom_kill"),
-        (Path("/sys/fs/cgroup/memory/memory.oom_control"), "oom_kill"),
-        (Path("/proc/vmstat"), "oom_kill"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            for line in file.read_text(encoding="ascii").splitlines():
-                if line.startswith(f"{key} "):
-                    return int(line.split()[1])
+    files = [
+        group / name
+        for group in control_groups("memory")
+        for name in ("memory.events", "memory.oom_control")
+    ]
+    for file in (*files, Path("/proc/vmstat")):
+        if (kills := counters(file).get("oom_kill")) is not None:
+            return kills
     return 0

@@ -7,12 +7,14 @@ import psutil
 import pytest
 
 from compose import capacity
+from compose.memory import oom_kills
 
 VERSION_2 = {
     "job/cpu.max": "250000 100000",
     "job/memory.max": "4000000000",
     "job/memory.current": "3000000000",
     "job/memory.stat": "anon 2000000000\nactive_file 600000000\ninactive_file 400000000",
+    "job/memory.events": "low 0\nhigh 7\nmax 9\noom 3\noom_kill 2",
     "cpu.max": "max 100000",
 }
 VERSION_1 = {
@@ -23,6 +25,7 @@ VERSION_1 = {
     "memory/job/memory.limit_in_bytes": "4000000000",
     "memory/job/memory.usage_in_bytes": "3000000000",
     "memory/job/memory.stat": "cache 1000000000\nactive_file 600000000\ninactive_file 400000000",
+    "memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2",
     "memory/memory.limit_in_bytes": "9223372036854771712",
     "memory/memory.usage_in_bytes": "5000000000",
 }
@@ -63,6 +66,7 @@ def test_limits_of_a_control_group(
     assert capacity.core_count() == 2
     assert capacity.total_memory() == 4_000_000_000
     assert capacity.free_memory() == 2_000_000_000
+    assert oom_kills() == 2
     capacity.limit_threads()
     assert os.environ["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
