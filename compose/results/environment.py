@@ -117,8 +117,13 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+SOURCES = ("gateskip", "compose", "reports", "pyproject.toml", "setup.py")
+"""The code that a run executes. A log or a results folder beside it changes no result."""
+
+
 def git_commit() -> str | None:
-    """The commit of the source tree, `-dirty` with changes; None for an installed copy."""
+    """The commit of the source tree, `-dirty` with changes in `SOURCES`; None for an installed
+    copy."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
@@ -130,6 +135,6 @@ def git_commit() -> str | None:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
         commit = git("rev-parse", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain") else commit
+        return f"{commit}-dirty" if git("status", "--porcelain", "--", *SOURCES) else commit
     except (OSError, subprocess.SubprocessError):
         return None
