@@ -21,7 +21,7 @@ Spot = tuple[float, float]
 Box = tuple[float, float, float, float]
 """Left, lower, right and upper edge, in pixels."""
 
-ORDERS, TURNS = 3, 5
+ORDERS, TURNS = 12, 5
 """Orders by chance that are tried after those by width, crowd and position, and how often each is
 tried again with those names first that found no place."""
 
@@ -260,7 +260,7 @@ FAR = tuple(
         "center",
         leader=True,
     )
-    for radius in (18, 24, 30, 36, 44, 52, 60, 70, 80, 92, 104, 120)
+    for radius in (18, 24, 30, 36, 44, 52, 60, 70, 80, 92, 104, 120, 140)
     for turn in range(16)
 )
 """Places with a line to the mark, nearest first."""

@@ -129,11 +129,16 @@ def colour_of(report: Report, row: Row, theme: Theme) -> str:
     return theme.peer if row.cell.peer else colours_of(report, theme)[row.weights]
 
 
-def pad_x_axis(axes: Axes, xs: Sequence[float]) -> None:
-    """Set the horizontal axis so that no mark touches its ends."""
+EDGE = 0.08
+"""Room at an end of the horizontal axis, as a share of the range."""
+
+
+def pad_x_axis(axes: Axes, xs: Sequence[float], *, left: float = EDGE) -> None:
+    """Set the horizontal axis so that no mark touches its ends; `left` is the room on the left end,
+    as a share of the range."""
     low, high = min(xs), max(xs)
-    pad = 0.08 * (high - low or abs(high) or 1.0)
-    axes.set_xlim(low - pad, high + pad)
+    span = high - low or abs(high) or 1.0
+    axes.set_xlim(low - left * span, high + EDGE * span)
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 

@@ -15,6 +15,7 @@ from reports.plots.canvas import Frame, PictureSpec
 from reports.plots.marks import CROWD, draw_marks
 from reports.plots.names import write_names
 from reports.plots.scatter import (
+    EDGE,
     better_corner,
     colour_of,
     legend,
@@ -25,6 +26,7 @@ from reports.plots.scatter import (
 from reports.plots.spread import XAxis, x_axis
 
 _NB = "\u00a0"
+MANY, ROOM = 20, 0.31  # from so many cells on, names have so much more room on the left
 NAMED_MOST = 8  # more names than this on a front, and the caption counts them instead
 
 
@@ -40,6 +42,7 @@ def front(report: Report, metric: str) -> PictureSpec | None:
     front = report.front(metric)
     scale, xs = scale_of(report, quality, rows, front), x_axis(report, rows, metric)
     beyond = {row.number: words for row in rows if (words := scale.beyond(row))}
+    many = len(rows) >= MANY  # names need more room
 
     def draw(figure: Figure, frame: Frame) -> None:
         axes = figure.add_subplot()
@@ -49,7 +52,7 @@ def front(report: Report, metric: str) -> PictureSpec | None:
         quality_axis(axes, quality, [*(y for _, y in points), *up])
         axes.set_xlabel(xs.label)
         _stairs(axes, frame, points, rows, front, smaller_is_better=xs.smaller_is_better)
-        pad_x_axis(axes, [*(x for x, _ in points), *across])
+        pad_x_axis(axes, [*(x for x, _ in points), *across], left=ROOM if many else EDGE)
         better_corner(axes, frame, left=xs.smaller_is_better)
         legend(figure, frame, report, rows)
         colours = {row.number: colour_of(report, row, frame.theme) for row in rows}
@@ -66,7 +69,8 @@ def front(report: Report, metric: str) -> PictureSpec | None:
     caption = _caption(rows, front, whiskers=whiskers, beyond=bool(beyond))
     alt = f"{xs.title}, {len(rows)} variants. {caption}"
     marks = {row.number: (row.cell.name, _says(report, row, xs, quality)) for row in rows}
-    return PictureSpec(f"front-{metric}", xs.title, alt, caption, 440, draw, marks)
+    height = 520 if many else 440
+    return PictureSpec(f"front-{metric}", xs.title, alt, caption, height, draw, marks)
 
 
 def _caption(rows: Sequence[Row], front: Sequence[Row], *, whiskers: bool, beyond: bool) -> str:
