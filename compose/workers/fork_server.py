@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from compose.capacity import THREADS
 from compose.workers.main import main
 
 MOST_BYTES = 1 << 17
@@ -82,7 +83,7 @@ def run_worker(job: dict[str, Any], descriptors: Sequence[int]) -> int:
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
     tempfile.tempdir = None  # another TMPDIR
-    set_threads(os.environ.get("OMP_NUM_THREADS"))
+    set_threads(os.environ.get(THREADS))
     end = time.monotonic() + ADOPTION_S
     while os.getppid() != int(os.environ["GATESKIP_PARENT"]) and time.monotonic() < end:
         time.sleep(0.001)
