@@ -11,7 +11,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "compress": (
         "accelerate",
         "bitsandbytes",
-        "filelock",
         "fsspec",
         "gguf",
         "gptqmodel",

@@ -16,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,20 @@ def build() -> Path:
         require_private(target)
         if target.exists():
             return target
-        error = compile_kernels(tool, sources, target)
+        error = _compile_once(tool, sources, target)
         if error is None:
             return target
         errors.append(f"{tool}: {error}")
     raise BuildError("; ".join(errors))
+
+
+def _compile_once(tool: str, sources: list[Path], target: Path) -> str | None:
+    """Compile unless another process just did: processes that start side by side compile once."""
+    from filelock import FileLock  # not where setup.py compiles a wheel
+
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(target.with_suffix(".lock")):
+        return None if target.exists() else compile_kernels(tool, sources, target)
 
 
 def source_files() -> list[Path]:
@@ -177,22 +187,45 @@ def require_private(file: Path) -> None:
 def compile_kernels(
     tool: str, sources: list[Path], target: Path, flags: Sequence[str] = FLAGS
 ) -> str | None:
-    """Compile sources with a compiler into one library; None, or the compiler's error."""
+    """Compile sources with a compiler into one library, each on a core of its own; None, or the
+    compiler's error."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled = Path(folder) / "kernels.so"
-        command = [tool, *flags, *map(str, sources), "-o", str(compiled)]
-        ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if ended.returncode and platform.system() == "Darwin":
-            command.remove(OPENMP)  # Apple's clang has none: one thread
-            ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if ended.returncode:
-            lines = ended.stderr.strip().splitlines()[:ERROR_LINES]
-            return "\n".join(lines) or f"exit status {ended.returncode}"
+        error = _compile_and_link(tool, sources, compiled, flags)
+        if error is not None and platform.system() == "Darwin":
+            # Apple's clang has no OpenMP: one thread.
+            without = [flag for flag in flags if flag != OPENMP]
+            error = _compile_and_link(tool, sources, compiled, without)
+        if error is not None:
+            return error
         compiled.chmod(0o755)  # whatever the umask: others may not write to it
-        # Atomic: processes that build side by side end with one whole file.
+        # Atomic: nobody reads half a file.
         compiled.replace(target)
     return None
+
+
+def _compile_and_link(
+    tool: str, sources: list[Path], target: Path, flags: Sequence[str]
+) -> str | None:
+    """The first error of a source, or of the linker; None where there is none."""
+    objects = [target.with_name(f"{number}.o") for number in range(len(sources))]
+    commands = [
+        [tool, *flags, "-c", str(source), "-o", str(compiled)]
+        for source, compiled in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        errors = [error for error in threads.map(_call, commands) if error is not None]
+    return errors[0] if errors else _call([tool, *flags, *map(str, objects), "-o", str(target)])
+
+
+def _call(command: list[str]) -> str | None:
+    """The first lines of a compiler's error; None where it succeeds."""
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if not ended.returncode:
+        return None
+    lines = ended.stderr.strip().splitlines()[:ERROR_LINES]
+    return "\n".join(lines) or f"exit status {ended.returncode}"
 
 
 def processor() -> bytes:

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,32 @@ def test_a_refused_cache_is_the_problem_that_is_told(
     assert build.library() is None
     if build.compilers():
         assert "not taken from it" in (build.problem() or "")
+
+
+def test_processes_that_start_side_by_side_compile_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool = compiler(
+        tmp_path, "g++", 'echo >> calls; while [ "$1" != -o ]; do shift; done; echo > "$2"'
+    )
+    monkeypatch.setenv("CXX", tool)
+    monkeypatch.setenv("GATESKIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(4) as processes:
+        libraries = [processes.submit(build.build) for _ in range(4)]
+    assert len({library.result() for library in libraries}) == 1
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(build.source_files()) + 1
+
+
+def test_the_error_of_one_source_is_told(tmp_path: Path) -> None:
+    tool = compiler(
+        tmp_path,
+        "g++",
+        'for word; do [ "$word" = b.cpp ] && { echo "b is bad" >&2; exit 1; }; done; :',
+    )
+    sources = [Path(f"{name}.cpp") for name in "abc"]
+    assert build.compile_kernels(tool, sources, tmp_path / "kernels" / "kernels.so") == "b is bad"
+    assert list((tmp_path / "kernels").iterdir()) == []
 
 
 def test_a_new_cache_is_private(tmp_path: Path) -> None:

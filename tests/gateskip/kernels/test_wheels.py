@@ -327,9 +327,12 @@ def test_a_level_gives_the_bits_of_a_local_build(
     level = here if processor == "native" else "avx2"
     for name in ("local", "wheel"):
         (tmp_path / name).mkdir()
-    flags = [flag.replace("=native", f"={processor}") for flag in build.FLAGS]
     local = tmp_path / "local" / "kernels.so"
-    assert build.compile_kernels("g++", build.source_files(), local, flags) is None
+    if processor == "native" and build.compiler() == "g++":
+        shutil.copy(build.build(), local)
+    else:
+        flags = [flag.replace("=native", f"={processor}") for flag in build.FLAGS]
+        assert build.compile_kernels("g++", build.source_files(), local, flags) is None
     (tmp_path / "wheel" / "kernels.so").write_bytes(library_in(wheel, level))
     program = link("g++", local, tmp_path / "odd_sizes")
     outputs = [
