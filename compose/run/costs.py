@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compose.artifacts.folder import LINEAGE
+from compose.bench.peers.table import parse_peer
 from compose.errors import ComposeError
 from compose.planning.plan import SOURCE
 from compose.results.io import load_results
@@ -79,6 +80,17 @@ SCORED, COMPARED = "cell", "speculating cell"
 """Kinds of cells: quality is scored of one, tokens are compared of the other."""
 
 
+def kind_of_cell(peer: str | None, *, speculating: bool) -> str:
+    """Cells of one kind cost alike for each weight and token.
+
+    Other engines are a kind each, and a second one where they read the calibration text.
+    """
+    if peer is None:
+        return COMPARED if speculating else SCORED
+    name = parse_peer(peer)
+    return f"{name.engine.name} with a text" if name.reads_text else name.engine.name
+
+
 def cell_passes(weights: int, benchmark: Mapping[str, Any], kind: str = SCORED) -> float:
     """Weights times tokens that a cell reads and writes, under a benchmark section."""
     if kind == COMPARED:
@@ -130,7 +142,7 @@ def stage_of(entry: Mapping[str, Any]) -> Stage | None:
 
 
 def cell_costs(out: Path) -> Iterator[Cost]:
-    """The costs of all cells that the runs in `out` have measured, other engines left out."""
+    """The costs of all cells that the runs in `out` have measured."""
     for file in sorted(out.glob("*/results.json")):
         try:
             results = load_results(file)
@@ -145,9 +157,9 @@ def _cell_cost(results: Results, cell: CellResult, run: str) -> Cost | None:
     size = cell.size
     weights = None if size is None else (size.model_extra or {}).get("weights")
     weights = weights or _weights_of(results, cell)
-    if cell.peer is not None or cell.seconds is None or weights is None or size is None:
+    if cell.seconds is None or weights is None or size is None:
         return None
-    kind = COMPARED if cell.speculates else SCORED
+    kind = kind_of_cell(None if cell.peer is None else cell.name, speculating=cell.speculates)
     return Cost(
         kind=kind,
         passes=cell_passes(weights, results.benchmark or {}, kind),

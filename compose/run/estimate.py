@@ -18,11 +18,10 @@ from typing import Any, Literal
 from compose.outputs.run_folder import RunFolder
 from compose.planning.plan import FOLDERS_HELD, PROCESS_BYTES, SOURCE, Plan, Step, speculates
 from compose.run.costs import (
-    COMPARED,
-    SCORED,
     Cost,
     cell_costs,
     cell_passes,
+    kind_of_cell,
     step_costs,
     step_passes,
 )
@@ -121,8 +120,8 @@ def estimate(plan: Plan, run: RunFolder, shape: ModelShape | None) -> Estimates:
         cell_shape = shapes.get(cell.weights)
         size = sizes.get(cell.weights)
         seconds, count = None, 0
-        if cell_shape is not None and cell.peer is None:
-            kind = COMPARED if speculates(cell.decode) else SCORED
+        if cell_shape is not None:
+            kind = kind_of_cell(cell.peer, speculating=speculates(cell.decode))
             same = [cost for cost in costs if cost.kind == kind]
             seconds, count = seconds_of(cell_passes(cell_shape.weights, benchmark, kind), same)
         peak = None if size is None else PROCESS_BYTES + FOLDERS_HELD * size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ import scale
 from compose.language.schema import Pipeline
 from compose.outputs.run_folder import RunFolder
 from compose.planning.planner import make_plan
+from compose.results.io import load_results
 from compose.run.costs import (
     COMPARED,
     SCORED,
     Cost,
+    cell_costs,
     cell_passes,
+    kind_of_cell,
     step_costs,
     step_passes,
 )
@@ -24,6 +29,7 @@ from compose.run.estimate import Estimates, estimate, folder_size, seconds_of, s
 from compose.stages.registry import STAGES, DataSpec, ModelShape
 from compose.store import Store, write_json
 
+ROOT = Path(__file__).resolve().parents[3]
 SHAPE = ModelShape("llama", 64, 128, 4, 4, 2, 16, 512, tie_embeddings=True)
 WEIGHTS = 512 * 64 + 4 * (64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 128)
 DATA = {
@@ -166,8 +172,28 @@ def test_packed_folders_are_smaller() -> None:
     assert folder_size(made, drop, drop.stage.reshape(SHAPE)) < 4 * WEIGHTS
 
 
-def test_a_cell_that_speculates_is_another_kind() -> None:
-    assert {SCORED, COMPARED} == {"cell", "speculating cell"}
+def test_cells_of_one_kind_cost_alike() -> None:
+    assert kind_of_cell(None, speculating=False) == SCORED
+    assert kind_of_cell(None, speculating=True) == COMPARED
+    assert kind_of_cell("llama.cpp:q8_0", speculating=False) == "llama.cpp"
+    assert kind_of_cell("llama.cpp:q4_0+imatrix", speculating=False) == "llama.cpp with a text"
+
+
+def test_another_engine_is_scaled_from_its_own_cells(tmp_path: Path) -> None:
+    """By the published run of peers, on a model of twice the weights."""
+    published = ROOT / "reports" / "published" / "peers" / "results.json"
+    (tmp_path / "peers").mkdir()
+    shutil.copy(published, tmp_path / "peers")
+    seconds = [
+        cell.seconds
+        for cell in load_results(published).measured
+        if cell.name.startswith("llama.cpp") and not cell.name.endswith("+imatrix")
+    ]
+    costs = {cost.where: cost for cost in cell_costs(tmp_path)}
+    same = [cost for cost in costs.values() if cost.kind == "llama.cpp"]
+    assert sorted(cost.seconds for cost in same) == sorted(seconds) and len(same) == 4
+    twice, count = seconds_of(2 * same[0].passes, same)
+    assert (twice, count) == (pytest.approx(2 * statistics.mean(seconds)), 4)
 
 
 def test_the_page_has_the_numbers_of_now() -> None:
