@@ -7,6 +7,9 @@ those of bitsandbytes have kernels for GPUs of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module  # noqa: TID251
 from typing import Any
@@ -20,6 +23,20 @@ from gateskip.quantization.grid_linear import STORED, GridEmbedding, GridLinear,
 
 WIDTHS = (4, 8)  # bits of a code that have kernels
 GROUPS = (32, 64, 128)  # sizes of groups that have kernels
+
+
+_entered: ContextVar[Tensor | None] = ContextVar("entered", default=None)
+
+
+@contextmanager
+def used_rows(entered: Tensor | None) -> Iterator[None]:
+    """Within this context only the rows of `entered`, bool [...], of each product are used; None
+    for all. A `GpuLinear` reads no weights where no row is, without asking the host."""
+    before = _entered.set(None if entered is None else entered.flatten())
+    try:
+        yield
+    finally:
+        _entered.reset(before)
 
 
 class GpuLinear(nn.Module):
@@ -60,10 +77,10 @@ class GpuLinear(nn.Module):
         return Grid(codes, self.scale[chosen].float(), low, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in x's type."""
+        """x [..., in] -> [..., out], in x's type; see `used_rows`."""
         flat = x.reshape(-1, self.in_features)
         weights = (self.codes, self.scale, self.minimum, self.bias, self.width, self.middle)
-        out: Tensor = _kernels().multiply(flat, *weights)
+        out: Tensor = _kernels().multiply(flat, *weights, _entered.get())
         return out.view(*x.shape[:-1], self.out_features)
 
 

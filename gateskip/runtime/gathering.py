@@ -32,6 +32,7 @@ from gateskip.model.projections import (
     project_out,
     project_queries,
 )
+from gateskip.quantization.gpu_linear import used_rows
 from gateskip.runtime.backend import PassThresholds
 from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import EVEN, KVCache, KVFormat, KVLayout, Place, Visible
@@ -333,20 +334,38 @@ class GatheredPass:
         its input, `entered` the same after gates that scale inputs."""
         operations = self.operations
         if branch.kind == "mlp":
-            output = operations.mlp(branch, entered.flatten(0, 1)).view_as(x)
+            with used_rows(keep):
+                output = operations.mlp(branch, entered.flatten(0, 1)).view_as(x)
         else:
-            rope, place, shape = ropes[branch.rope], batch.place, operations.shapes[branch.index]
-            queries, keys, values = project_inputs(branch, entered, rope, operations.steps)
-            if keep is None or self.kv_rule == "project" or branch.layer == 0:
-                seen = cache.store(branch.layer, place, keys, values)
-            else:
-                cache.copy_below(branch.layer, place)
-                cache.put_where(branch.layer, place, keep, keys, values)
-                seen = cache.visible(branch.layer, place)
-            mixed = attend_all(queries.to(self.dtype), seen, shape).to(x.dtype)
-            output = operations.leave(branch, project_out(branch, mixed, operations.steps))
+            rope, shape = ropes[branch.rope], operations.shapes[branch.index]
+            seen = self._store_all(branch, entered, rope, cache, batch, keep)
+            with used_rows(keep):
+                queries = project_queries(branch, entered, rope, operations.steps)
+                mixed = attend_all(queries.to(self.dtype), seen, shape).to(x.dtype)
+                output = operations.leave(branch, project_out(branch, mixed, operations.steps))
         output = output if scale is None else output * scale
         hidden += output if keep is None else chosen_outputs(self.gates, branch, x, output, keep)
+
+    def _store_all(
+        self,
+        branch: Branch,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: Batch,
+        keep: Tensor | None,
+    ) -> Visible:
+        """`_store` in a step on a device, where the host does not know which tokens enter."""
+        steps, place = self.operations.steps, batch.place
+        if self._all_store(branch, keep):
+            keys, values = project_keys_values(branch, x, rope, steps)
+            return cache.store(branch.layer, place, keys, values)
+        assert keep is not None
+        with used_rows(keep):
+            keys, values = project_keys_values(branch, x, rope, steps)
+        cache.copy_below(branch.layer, place)
+        cache.put_where(branch.layer, place, keep, keys, values)
+        return cache.visible(branch.layer, place)
 
     def _store(
         self,
@@ -359,9 +378,10 @@ class GatheredPass:
     ) -> Visible:
         """Store keys and values of all tokens by the KV rule; returns the keys and values that they
         see."""
-        if keep is None or self.kv_rule == "project" or branch.layer == 0:
+        if self._all_store(branch, keep):
             keys, values = project_keys_values(branch, x, rope, self.operations.steps)
             return cache.store(branch.layer, batch.place, keys, values)
+        assert keep is not None
         cache.copy_below(branch.layer, batch.place)
         places = keep.flatten().nonzero().squeeze(1)  # [N]
         if not len(places):
@@ -373,6 +393,10 @@ class GatheredPass:
         index = (rows, slice(None), slots)
         cache.put(branch.layer, index, keys[0, : len(places)], values[0, : len(places)])
         return cache.visible(branch.layer, batch.place)
+
+    def _all_store(self, branch: Branch, keep: Tensor | None) -> bool:
+        """Whether tokens that skip a branch store keys and values of their own there."""
+        return keep is None or self.kv_rule == "project" or branch.layer == 0
 
     # -- gathering ------------------------------------------------------------------------------
 

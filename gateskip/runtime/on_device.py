@@ -1,11 +1,12 @@
 """Steps on a device other than the CPU, in which the host waits for nothing.
 
-A step of few tokens computes every branch for every token, and `torch.where` takes the branch's
-output for the tokens that enter and the shortcut's, or nothing, for the others. So a decoding step
-on a device skips as the thresholds say but saves no time: to save it, the device itself would have
-to pass by a branch (a conditional node of a CUDA graph). That has not been built: which way costs
-least has to be measured, and gateskip was never run on a GPU. Prompts do save time: the tokens that
-enter are gathered, and the host asks once a branch how many they are.
+A step of few tokens runs every branch for every token, and `torch.where` takes the branch's output
+for the tokens that enter and the shortcut's, or nothing, for the others. Where no token enters, the
+kernels of packed integers read that from a flag and return without reading their weights, which is
+most of what a step of few tokens costs. Other weights are read whatever the thresholds say: there a
+step skips and saves no time. Conditional nodes of CUDA graphs would be another way: which one costs
+less has to be measured, and gateskip was never run on a GPU. In prompts the tokens that enter are
+gathered, and the host asks once a branch how many they are.
 """
 
 from __future__ import annotations

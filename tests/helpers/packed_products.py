@@ -3,7 +3,9 @@ program in Triton's interpreter, which has to be chosen before Triton is importe
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gateskip.quantization.gpu_linear import GpuLinear
+from gateskip.quantization.gpu_linear import GpuLinear, used_rows
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
 
 SUMS = 1e-6
@@ -93,7 +95,22 @@ def measured(case: Case, device: str) -> dict[str, Any]:
         "exact": torch.equal(unpacked, weight),
         "rounded": torch.equal(small, weight.bfloat16()),
         "cut": torch.equal(small.float(), _cut(weight)),
+        "flag": case.rows > FEW_ROWS or _reads_flag(layer, x.to(device), out),
     }
+
+
+def _reads_flag(layer: GpuLinear, x: Tensor, out: Tensor) -> bool:
+    """Whether rows that none uses meet no weight, scales that are no numbers least of all, and one
+    used row changes nothing of the product."""
+    used = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    with torch.no_grad(), used_rows(used):
+        scale, layer.scale = layer.scale, torch.full_like(layer.scale, torch.nan)
+        none = layer(x)
+        layer.scale = scale
+        used[-1] = True
+        one = layer(x)
+    bias = torch.zeros(1, device=x.device) if layer.bias is None else layer.bias
+    return torch.equal(none, bias.to(out.dtype).expand_as(none)) and torch.equal(one, out)
 
 
 def _cut(weight: Tensor) -> Tensor:
@@ -133,7 +150,43 @@ def of_a_model(folder: str, device: str) -> dict[str, Any]:
     return {"replaced": replaced, "error": float(error)}
 
 
+def of_skipped_branches(folder: str, device: str, kv_rule: str) -> dict[str, Any]:
+    """Logits of tokens that skip an attention branch, an MLP branch, both and none: these kernels
+    against those of unpacked weights."""
+    from gateskip.gates.kinds import make_gates
+    from gateskip.quantization.folders import load_model
+    from gateskip.quantization.gpu_linear import pack_for_gpu
+    from gateskip.runtime.on_device import DeviceUsage
+    from gateskip.runtime.skipping import SkippingModel
+
+    ids = torch.tensor([[5, 9, 2, 31, 7, 11, 3]], device=device)
+    logits = []
+    with torch.inference_mode():
+        for packed in (False, True):
+            model = load_model(folder, "float32").to(device)
+            if packed:
+                pack_for_gpu(model)
+            gates = make_gates("scalar", 2, model.config.hidden_size).to(device)
+            backend = SkippingModel(model.to(device), gates, kv_rule).backend
+            if packed:  # the steps of a device, on whatever there is
+                backend.on_cpu, backend.usage = False, DeviceUsage.of(model)
+            cache = backend.new_cache(1, ids.shape[1])
+            backend.prefill(ids[:, :3], cache, [0])
+            steps = [
+                backend.decode([[int(ids[0, at])]], cache, [0], [at], [attention, mlp])
+                for at, (attention, mlp) in enumerate(
+                    itertools.product((-math.inf, math.inf), repeat=2), 3
+                )
+            ]
+            logits.append(backend.logits(torch.cat(steps)))
+            entered = backend.usage.kept
+    error = (logits[0] - logits[1]).abs().max() / logits[0].std()
+    return {"entered": list(entered), "error": float(error)}
+
+
 if __name__ == "__main__":
-    found = {"cases": [measured(case, "cpu") for case in CASES], "model": None}
+    found = {"cases": [measured(case, "cpu") for case in CASES]}
     found["model"] = of_a_model(sys.argv[1], "cpu")
+    rules = ("project", "copy")
+    found["skipped"] = {rule: of_skipped_branches(sys.argv[1], "cpu", rule) for rule in rules}
     print(json.dumps(found))

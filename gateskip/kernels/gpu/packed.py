@@ -63,6 +63,7 @@ def multiply_kernel(
     scale,
     minimum,
     bias,
+    entered,
     out,
     n,
     groups,
@@ -74,10 +75,17 @@ def multiply_kernel(
     GROUPS: tl.constexpr,
 ):
     """out [ROWS, n] = x [ROWS, groups * GROUP] times the weights, plus bias [n]. A program computes
-    OUTPUTS outputs of all rows, from GROUPS groups at a time; sums are float32."""
+    OUTPUTS outputs of all rows, from GROUPS groups at a time; sums are float32. Where no byte of
+    entered [ROWS] is set, it reads no weights, and the product is 0."""
+    end = groups
+    if entered is not None:
+        flag = tl.load(entered)
+        for row in tl.static_range(1, ROWS):
+            flag |= tl.load(entered + row)
+        end = tl.where(flag != 0, groups, 0)
     n_at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     sums = (tl.zeros([OUTPUTS, GROUPS], tl.float32),) * ROWS
-    for first in range(0, groups, GROUPS):
+    for first in range(0, end, GROUPS):
         group_at = first + tl.arange(0, GROUPS)
         weights = _weights(codes, scale, minimum, n_at, n, group_at, groups, BITS, GROUP, MIDDLE)
         at = group_at[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -127,6 +135,7 @@ def _multiply(
     bias: Tensor | None,
     bits: int,
     middle: int,
+    entered: Tensor | None = None,
 ) -> Tensor:
     """x [rows, in] -> [rows, out] for 1 to FEW_ROWS rows."""
     n, groups = scale.shape
@@ -140,6 +149,7 @@ def _multiply(
                 scale,
                 minimum,
                 bias,
+                entered if entered is None else entered.view(torch.uint8),
                 out,
                 n,
                 groups,
@@ -194,7 +204,7 @@ multiply_few = torch.library.custom_op(
     _multiply,
     mutates_args=(),
     schema="(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int bits,"
-    " int middle) -> Tensor",
+    " int middle, Tensor? entered=None) -> Tensor",
 )
 multiply_few.register_fake(lambda x, codes, scale, *_: x.new_empty(len(x), len(scale)))
 
@@ -220,14 +230,19 @@ def multiply(
     bias: Tensor | None,
     bits: int,
     middle: int,
+    entered: Tensor | None = None,
 ) -> Tensor:
     """x [rows, in] -> [rows, out], in x's type; see the file for the other tensors.
 
     Up to FEW_ROWS rows meet weights in float32, which are never written to memory. For more rows
     the weights are written in x's type, and torch multiplies by them.
+
+    `entered`, bool [rows], says which rows' results are used. Of few rows, none of which is, no
+    weights are read, and the product is 0 plus the bias.
     """
     if len(x) <= FEW_ROWS:
-        out: Tensor = multiply_few(x.contiguous(), codes, scale, minimum, bias, bits, middle)
+        parts = (codes, scale, minimum, bias, bits, middle, entered)
+        out: Tensor = multiply_few(x.contiguous(), *parts)
         return out
     weight = unpack(codes, scale, minimum, bits, middle, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -14,20 +14,24 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import packed_products
 import pytest
 import torch
-from packed_products import CASES, Case, measured, of_a_model
+from packed_products import CASES, Case, measured, of_a_model, of_skipped_branches
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
 
 import gateskip
 from gateskip.model.families import UnsupportedModel
+from gateskip.quantization import gpu_linear
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.gpu_linear import GpuLinear, pack_for_gpu
-from gateskip.quantization.grid import Grid
+from gateskip.quantization.grid import Grid, unpack_bits
 
 ROOT = Path(__file__).resolve().parents[4]
 TRITON = find_spec("triton") is not None
@@ -71,6 +75,7 @@ def test_products_in_the_interpreter(interpreted: dict[str, Any]) -> None:
         each
         for each in interpreted["cases"]
         if not (each["error"] <= 1 and each["exact"] and (each["rounded"] or each["cut"]))
+        or not each["flag"]
     ]
     assert not wrong, wrong
 
@@ -80,6 +85,15 @@ def test_a_model_in_the_interpreter(interpreted: dict[str, Any]) -> None:
     """Every linear layer, the embedding and its head; prompts and single tokens."""
     assert interpreted["model"]["replaced"] == 7
     assert interpreted["model"]["error"] < LOGITS
+
+
+@needs_triton
+@pytest.mark.parametrize("kv_rule", ["project", "copy"])
+def test_skipped_branches_in_the_interpreter(interpreted: dict[str, Any], kv_rule: str) -> None:
+    """A prompt of three tokens, and four that enter both, one, the other and no branch."""
+    skipped = interpreted["skipped"][kv_rule]
+    assert skipped["entered"] == [5, 5]
+    assert skipped["error"] < LOGITS
 
 
 @needs_triton
@@ -128,6 +142,39 @@ def test_without_triton_the_extra_is_named(
     assert weight_format(model) == before
 
 
+@pytest.mark.parametrize("kv_rule", ["project", "copy"])
+def test_a_branch_that_no_token_enters_is_not_used(
+    packed_folder: Path, monkeypatch: pytest.MonkeyPatch, kv_rule: str
+) -> None:
+    """Products by torch, which are no numbers where no row is used."""
+    unread = []
+
+    def multiply(
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        minimum: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+        middle: int,
+        entered: Tensor | None,
+    ) -> Tensor:
+        low = -middle * scale if minimum is None else minimum
+        values = unpack_bits(codes, bits).unflatten(1, (scale.shape[1], -1)).float()
+        weight = (values * scale.float().unsqueeze(2) + low.float().unsqueeze(2)).flatten(1)
+        if entered is not None and len(entered) == len(x) and not entered.any():
+            unread.append(len(codes))
+            weight = torch.full_like(weight, torch.nan)
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr("gateskip.extras.find_spec", lambda name: name)
+    monkeypatch.setattr(gpu_linear, "_kernels", lambda: SimpleNamespace(multiply=multiply))
+    skipped = of_skipped_branches(str(packed_folder), "cpu", kv_rule)
+    assert skipped["entered"] == [5, 5]
+    assert skipped["error"] < LOGITS
+    assert len(unread) == 2 * (2 + 3), "queries and output, and three of an MLP, of two tokens"
+
+
 def test_formats_without_kernels_are_refused(packed_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(UnsupportedModel, match="gptq weights are decoded on a CPU, not on cuda"):
@@ -139,6 +186,7 @@ def test_formats_without_kernels_are_refused(packed_folder: Path, tmp_path: Path
 # --- Compiled without a card ----------------------------------------------------------------------
 
 POINTERS = {"x": "*bf16", "codes": "*u8", "scale": "*bf16", "minimum": "*bf16", "bias": "*bf16"}
+POINTERS |= {"entered": "*u8"}
 
 
 def _registers_and_spills(ptx: str, folder: Path) -> tuple[int, int]:
@@ -216,7 +264,7 @@ def test_compiled_without_a_card(
 def test_products_on_a_card(case: Case) -> None:
     found = measured(case, "cuda")
     assert found["error"] <= 1
-    assert found["exact"] and found["rounded"]
+    assert found["exact"] and found["rounded"] and found["flag"]
 
 
 @needs_triton
