@@ -84,6 +84,9 @@ def kind_of_cell(peer: str | None, *, speculating: bool) -> str:
     """Cells of one kind cost alike for each weight and token.
 
     Other engines are a kind each, and a second one where they read the calibration text.
+
+    Raises:
+        UserError: there is no such engine or option.
     """
     if peer is None:
         return COMPARED if speculating else SCORED
@@ -159,7 +162,10 @@ def _cell_cost(results: Results, cell: CellResult, run: str) -> Cost | None:
     weights = weights or _weights_of(results, cell)
     if cell.seconds is None or weights is None or size is None:
         return None
-    kind = kind_of_cell(None if cell.peer is None else cell.name, speculating=cell.speculates)
+    try:
+        kind = kind_of_cell(None if cell.peer is None else cell.name, speculating=cell.speculates)
+    except ComposeError:
+        return None  # an engine or option of another version
     return Cost(
         kind=kind,
         passes=cell_passes(weights, results.benchmark or {}, kind),

@@ -196,7 +196,7 @@ class GatheredPass:
             entering = batch.tokens if keep is None else keep.sum()
             self._note(branch, thresholds, entering, keep)
             entered, scale = self._scaled(branch, x, thresholds)
-            if batch.decoding and not self.on_cpu:
+            if self._on_device(batch):
                 self._add_to_all(branch, hidden, x, entered, ropes, cache, batch, keep, scale)
                 continue
             with operations.entering(branch, batch.slots.numel()):
@@ -208,6 +208,10 @@ class GatheredPass:
             if keep is not None and self.gates is not None and self.gates.shortcuts is not None:
                 operations.add_shortcuts(branch, hidden, x, ~keep)
         return operations.final(hidden)
+
+    def _on_device(self, batch: Batch) -> bool:
+        """Whether this is a step in which the host does not ask which tokens enter."""
+        return batch.decoding and not self.on_cpu
 
     def _entering(
         self,
@@ -338,34 +342,13 @@ class GatheredPass:
                 output = operations.mlp(branch, entered.flatten(0, 1)).view_as(x)
         else:
             rope, shape = ropes[branch.rope], operations.shapes[branch.index]
-            seen = self._store_all(branch, entered, rope, cache, batch, keep)
+            seen = self._store(branch, entered, rope, cache, batch, keep)
             with used_rows(keep):
                 queries = project_queries(branch, entered, rope, operations.steps)
                 mixed = attend_all(queries.to(self.dtype), seen, shape).to(x.dtype)
                 output = operations.leave(branch, project_out(branch, mixed, operations.steps))
         output = output if scale is None else output * scale
         hidden += output if keep is None else chosen_outputs(self.gates, branch, x, output, keep)
-
-    def _store_all(
-        self,
-        branch: Branch,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: KVCache,
-        batch: Batch,
-        keep: Tensor | None,
-    ) -> Visible:
-        """`_store` in a step on a device, where the host does not know which tokens enter."""
-        steps, place = self.operations.steps, batch.place
-        if self._all_store(branch, keep):
-            keys, values = project_keys_values(branch, x, rope, steps)
-            return cache.store(branch.layer, place, keys, values)
-        assert keep is not None
-        with used_rows(keep):
-            keys, values = project_keys_values(branch, x, rope, steps)
-        cache.copy_below(branch.layer, place)
-        cache.put_where(branch.layer, place, keep, keys, values)
-        return cache.visible(branch.layer, place)
 
     def _store(
         self,
@@ -378,11 +361,15 @@ class GatheredPass:
     ) -> Visible:
         """Store keys and values of all tokens by the KV rule; returns the keys and values that they
         see."""
-        if self._all_store(branch, keep):
+        if keep is None or self.kv_rule == "project" or branch.layer == 0:
             keys, values = project_keys_values(branch, x, rope, self.operations.steps)
             return cache.store(branch.layer, batch.place, keys, values)
-        assert keep is not None
         cache.copy_below(branch.layer, batch.place)
+        if self._on_device(batch):
+            with used_rows(keep):
+                keys, values = project_keys_values(branch, x, rope, self.operations.steps)
+            cache.put_where(branch.layer, batch.place, keep, keys, values)
+            return cache.visible(branch.layer, batch.place)
         places = keep.flatten().nonzero().squeeze(1)  # [N]
         if not len(places):
             return cache.visible(branch.layer, batch.place)
@@ -393,10 +380,6 @@ class GatheredPass:
         index = (rows, slice(None), slots)
         cache.put(branch.layer, index, keys[0, : len(places)], values[0, : len(places)])
         return cache.visible(branch.layer, batch.place)
-
-    def _all_store(self, branch: Branch, keep: Tensor | None) -> bool:
-        """Whether tokens that skip a branch store keys and values of their own there."""
-        return keep is None or self.kv_rule == "project" or branch.layer == 0
 
     # -- gathering ------------------------------------------------------------------------------
 

@@ -196,6 +196,17 @@ def test_another_engine_is_scaled_from_its_own_cells(tmp_path: Path) -> None:
     assert (twice, count) == (pytest.approx(2 * statistics.mean(seconds)), 4)
 
 
+def test_an_engine_of_another_version_is_left_out(tmp_path: Path) -> None:
+    results = json.loads((ROOT / "reports/published/peers/results.json").read_text())
+    (tmp_path / "peers").mkdir()
+    write_json(tmp_path / "peers" / "results.json", results)
+    before = {cost.where for cost in cell_costs(tmp_path)}
+    (cell,) = [cell for cell in results["cells"] if cell["name"] == "llama.cpp:q4_0"]
+    cell["name"] = "llama.cpp:gone"
+    write_json(tmp_path / "peers" / "results.json", results)
+    assert before - {cost.where for cost in cell_costs(tmp_path)} == {"peers: llama.cpp:q4_0"}
+
+
 def test_the_page_has_the_numbers_of_now() -> None:
     page = scale.PAGE.read_text("utf-8")
     assert scale.filled(page) == page, "python tools/scale.py --write"

@@ -149,19 +149,10 @@ def test_a_branch_that_no_token_enters_is_not_used(
     """Products by torch, which are no numbers where no row is used."""
     unread = []
 
-    def multiply(
-        x: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        minimum: Tensor | None,
-        bias: Tensor | None,
-        bits: int,
-        middle: int,
-        entered: Tensor | None,
-    ) -> Tensor:
+    def multiply(x: Tensor, *parts: Any) -> Tensor:
+        codes, scale, minimum, bias, bits, middle, entered = parts
         low = -middle * scale if minimum is None else minimum
-        values = unpack_bits(codes, bits).unflatten(1, (scale.shape[1], -1)).float()
-        weight = (values * scale.float().unsqueeze(2) + low.float().unsqueeze(2)).flatten(1)
+        weight = Grid(unpack_bits(codes, bits), scale.float(), low.float(), bits).weight()
         if entered is not None and len(entered) == len(x) and not entered.any():
             unread.append(len(codes))
             weight = torch.full_like(weight, torch.nan)
