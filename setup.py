@@ -1,8 +1,9 @@
 """Compiles kernels into a wheel for Linux where GATESKIP_PREBUILT=1: `make wheels`.
 
-The wheel is for this machine, or for the one of _PYTHON_HOST_PLATFORM, as tools for cross-compiling
-call it (linux-aarch64), with its g++ in CXX. All other builds hold no compiled code. They compile
-their kernels when these are first used.
+GATESKIP_PREBUILT can name the levels of processors to compile for instead (avx2,avx512): see
+gateskip/kernels/prebuilt.py. The wheel is for this machine, or for the one of
+_PYTHON_HOST_PLATFORM, as tools for cross-compiling call it (linux-aarch64), with its g++ in CXX.
+All other builds hold no compiled code. They compile their kernels when these are first used.
 """
 
 import os
@@ -17,6 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+PREBUILT = os.environ.get("GATESKIP_PREBUILT", "")
 
 
 class KernelDistribution(Distribution):
@@ -54,13 +56,21 @@ def compile_levels(folder: Path) -> None:
     sources = build.source_hash(build.source_code())
     machine = machine_of_wheel()
     flags = [flag for flag in build.flags_for("Linux", machine) if not flag.endswith("=native")]
-    for level in prebuilt.LEVELS[machine]:
+    for level in chosen_levels(list(prebuilt.LEVELS[machine])):
         new = folder / "new.so"
         chosen = [*flags, *prebuilt.compiler_flags(machine, level), "-Wl,-s"]
         error = build.compile_kernels(compiler(), build.source_files(), new, chosen)
         if error is not None:
             raise SystemExit(f"{compiler()} cannot compile the kernels for {level}: {error}")
         new.rename(folder / prebuilt.file_name(level, sources, new.read_bytes()))
+
+
+def chosen_levels(levels: list[str]) -> list[str]:
+    """Those that GATESKIP_PREBUILT names; 1 names all. Raises SystemExit for others."""
+    named = PREBUILT.split(",")
+    if unknown := sorted({*named} - {*levels, "1"}):
+        raise SystemExit(f"GATESKIP_PREBUILT={PREBUILT}: no level {unknown[0]}; {levels} or 1")
+    return levels if "1" in named else [level for level in levels if level in named]
 
 
 def machine_of_wheel() -> str:
@@ -87,7 +97,7 @@ def require_compiler(machine: str) -> None:
 
 def options() -> dict[str, object]:
     """What a wheel with compiled kernels adds to pyproject.toml."""
-    if os.environ.get("GATESKIP_PREBUILT") != "1":
+    if not PREBUILT:
         return {}
     require_compiler(machine_of_wheel())
     commands = {"build_py": BuildKernels, "bdist_wheel": KernelWheel}

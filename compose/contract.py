@@ -282,6 +282,8 @@ class CompressedTensorsJob:
 
     folder: Path
     target: Path
+    dense: Path | None = None
+    """The folder of the model before rounding, where it is known."""
 
 
 @dataclass(frozen=True)

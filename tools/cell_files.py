@@ -50,7 +50,7 @@ benchmark:
 """
 
 TRACE = """\
-import os, sys, threading
+import builtins, os, sys, threading
 root, noted, seen = os.environ["TRACE_ROOT"], os.environ["TRACE_FILE"], set()
 out = os.open(noted, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 def note(frame, event, argument):
@@ -68,10 +68,20 @@ def note(frame, event, argument):
         caller = caller.f_back
     seen.add(code)
     os.write(out, (code.co_filename[len(root):] + "\\n").encode())
+load = builtins.__import__
+def load_unseen(*arguments, **named):
+    before = sys.getprofile()
+    sys.setprofile(None)
+    try:
+        return load(*arguments, **named)
+    finally:
+        sys.setprofile(before)
+builtins.__import__ = load_unseen
 threading.setprofile(note)
 sys.setprofile(note)
 """
-"""What `sitecustomize` holds: Python runs it in every process of the run as it begins."""
+"""What `sitecustomize` holds: Python runs it in every process of the run as it begins. Noting calls
+of imports, too, would take most of the time."""
 
 
 def files_passed() -> list[str]:

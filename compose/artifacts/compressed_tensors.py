@@ -14,7 +14,7 @@ The format has no packed embedding and LM head; they are written as floats.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ from compose.artifacts.packed_folder import (
     tensors_of,
     unpacked,
 )
-from compose.artifacts.predictions import kl_of_logits, unfilled
+from compose.artifacts.predictions import fill, kl_of_logits, unfilled
 from compose.artifacts.shards import save_shards
+from compose.artifacts.zero_points import kl_by_offset
 from compose.errors import ArtifactError, StepError
 from compose.store import new_folder, write_json
 
@@ -46,13 +47,16 @@ Scheme = tuple[int, int, bool]
 """Bits, weights in a group (-1: a whole row), and whether the grid is symmetric around zero."""
 
 
-def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
+def write_compressed(folder: Path, target: Path, dense: Path | None = None) -> dict[str, Any]:
     """Write the packed model in `folder` to the new folder `target`, and read it back.
+
+    `dense` is the folder of the model that was rounded: with it, the price of integer zero points
+    is measured (`zero_points`), where some layers have them.
 
     Returns `schemes` (by vLLM's names: W4A16 ...), `layers`, `floats` (layers that were packed and
     are now floats), `rounded_scales` (whether a reader in the folder's float type rounds the
     scales), `kl` (from the predictions of `folder` to those of the weights that a reader gets, on a
-    short text, in float32), and `bytes`.
+    short text, in float32), `bytes`, and `zero_points` (the result of `kl_by_offset`, or None).
 
     Raises:
         ArtifactError: the folder cannot be written in this format, or `target` exists.
@@ -69,8 +73,8 @@ def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
         save_shards(unfinished, _tensors(source, inner, floats, schemes), SHARD)
         rounded = _read_back(unfinished, source, inner, schemes)
         kl = _kl(unfinished, source, inner, schemes)
-        dense = _dense_linears(unfinished)
-        config = {**source.config, "quantization_config": _config(schemes, dense)}
+        ignored = _dense_linears(unfinished)
+        config = {**source.config, "quantization_config": _config(schemes, ignored)}
         write_json(unfinished / "config.json", config)
         for pattern in COMPANIONS:
             for path in sorted(folder.glob(pattern)):
@@ -83,7 +87,20 @@ def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
         "rounded_scales": rounded,
         "kl": kl,
         "bytes": size,
+        "zero_points": _price(dense, source, schemes),
     }
+
+
+def _price(
+    dense: Path | None, source: PackedFolder, schemes: dict[str, Scheme]
+) -> dict[str, float] | None:
+    """What integer zero points cost; None where there are none, or the weights are not known."""
+    layers = {
+        name: (bits, source.layer(name).group)
+        for name, (bits, _, symmetric) in schemes.items()
+        if not symmetric
+    }
+    return kl_by_offset(dense, layers) if dense is not None and layers else None
 
 
 def _refuse_gates(folder: Path) -> None:
@@ -187,18 +204,11 @@ def _kl(folder: Path, source: PackedFolder, names: list[str], schemes: dict[str,
     ids = probe_ids(source.folder)
     layers = ((name, source.layer(name).weight()) for name in (*source.layers, *source.embeddings))
     with torch.inference_mode():
-        _fill(weights, ((f"{name}.weight", weight) for name, weight in layers))
-        _fill(weights, source.others())
+        fill(weights, ((f"{name}.weight", weight) for name, weight in layers))
+        fill(weights, source.others())
         logits = model(ids).logits
-        _fill(weights, _as_read(folder, names, schemes, getattr(torch, dtype_of(source.folder))))
+        fill(weights, _as_read(folder, names, schemes, getattr(torch, dtype_of(source.folder))))
         return kl_of_logits(logits, model(ids).logits)
-
-
-def _fill(weights: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Set weights of a model, in its float type; others that it has not are left out."""
-    for name, value in tensors:
-        if name in weights:
-            weights[name].copy_(value)
 
 
 def _as_read(

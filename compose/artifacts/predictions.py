@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,13 @@ def unfilled(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     return model, dict(model.named_parameters()), config.to_dict()  # a tied weight once
+
+
+def fill(weights: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Set weights of a model, in its float type; others that it has not are left out."""
+    for name, value in tensors:
+        if name in weights:
+            weights[name].copy_(value)
 
 
 def kl_of_logits(target: Tensor, logits: Tensor) -> float:

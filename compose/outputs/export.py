@@ -90,6 +90,14 @@ def stored_cell(run: RunFolder, cell: CellResult) -> tuple[dict[str, Any], Path]
     return planned, run.store.model(planned["weights"])
 
 
+def stored_baseline(run: RunFolder, results: Results) -> Path | None:
+    """The model folder of a run's baseline in the store; None where it is not there."""
+    try:
+        return stored_cell(run, results.cell(results.baseline))[1]
+    except UserError:
+        return None
+
+
 def is_current(run: RunFolder, name: str, target: Path) -> bool:
     """Whether `target` already is the export of this cell with these numbers."""
     written = read_json(target / MEASUREMENTS)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from compose.analysis.pick import pick
 from compose.analysis.recommend import recommendations
+from compose.artifacts.zero_points import price_text
 from compose.assets import is_local
 from compose.contract import CompressedTensorsJob, GgufJob
 from compose.errors import UserError
 from compose.language.schema import in_name
-from compose.outputs.export import export_cell, is_current, refuse_foreign
+from compose.outputs.export import export_cell, is_current, refuse_foreign, stored_baseline
+from compose.outputs.run_folder import RunFolder
 from compose.planning.plan import Plan
 from compose.planning.prepare import load_plan
 from compose.processes.executors import make_executor
@@ -140,15 +143,19 @@ def _in_formats(done: Compressed, request: Request, board: Board, *, is_new: boo
     if file is not None and (is_new or not file.exists()):
         _convert(GgufJob(source, file.absolute(), None), file, board)
     if folder is not None and (is_new or not folder.exists()):
-        _convert(CompressedTensorsJob(source, folder.absolute()), folder, board)
+        dense = stored_baseline(RunFolder.existing(done.run_folder), done.results)
+        written = _convert(CompressedTensorsJob(source, folder.absolute(), dense), folder, board)
+        for line in price_text(written["zero_points"]):
+            board.print(line)
     return replace(done, gguf=file, compressed_tensors=folder)
 
 
-def _convert(job: GgufJob | CompressedTensorsJob, target: Path, board: Board) -> None:
+def _convert(job: GgufJob | CompressedTensorsJob, target: Path, board: Board) -> dict[str, Any]:
     line = board.line(f"write {target}")
     try:
-        ask_once(job)
+        written: dict[str, Any] = ask_once(job)
     except BaseException:
         line.failed("")
         raise
     line.done()
+    return written

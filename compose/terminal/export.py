@@ -8,7 +8,7 @@ from pathlib import Path
 from compose.contract import CompressedTensorsJob, GgufJob
 from compose.errors import UserError, context, suggest
 from compose.numbers import bytes_text, metric_text
-from compose.outputs.export import export_cell, stored_cell
+from compose.outputs.export import export_cell, stored_baseline, stored_cell
 from compose.outputs.run_folder import RunFolder, file_name
 from compose.processes.executors import make_executor
 from compose.processes.worker_process import ask_once
@@ -71,9 +71,12 @@ def export_cell_as(
                 export_cell(run, name, to, executor, compare_tokens=verify)
             same = ": the same logits and tokens as its source" if verify else ""
             return f"{name} exported to {to}{same}"
-        planned, source = stored_cell(run, load_results(run.results_file).cell(name))
+        results = load_results(run.results_file)
+        planned, source = stored_cell(run, results.cell(name))
+        dense = stored_baseline(run, results)
         with context(cell=name):
-            text = convert(source, place_of(to, output_format, name), output_format, kind, name)
+            place = place_of(to, output_format, name)
+            text = convert(source, place, output_format, kind, name, dense)
     if planned["decode"] is None:
         return text
     use = planned["decode"]["use"]
@@ -92,11 +95,17 @@ def place_of(to: Path, output_format: str, name: str) -> Path:
 
 
 def convert(
-    folder: Path, to: Path, output_format: str, kind: str | None, name: str | None = None
+    folder: Path,
+    to: Path,
+    output_format: str,
+    kind: str | None,
+    name: str | None = None,
+    dense: Path | None = None,
 ) -> str:
-    """Write a model folder as a GGUF file or for vLLM, and say in one line what was written.
+    """Write a model folder as a GGUF file or for vLLM, and say in a line or two what was written.
 
-    A GGUF file also holds the `name` of its model, that of the folder by default.
+    A GGUF file also holds the `name` of its model, that of the folder by default. `dense` is the
+    folder of the model before rounding, where it is known.
 
     Raises:
         ArtifactError: the folder cannot be written in this format.
@@ -104,7 +113,7 @@ def convert(
     """
     folder, target = folder.absolute(), to.absolute()
     if output_format == COMPRESSED:
-        return compressed_text(to, ask_once(CompressedTensorsJob(folder, target)))
+        return compressed_text(to, ask_once(CompressedTensorsJob(folder, target, dense)))
     written = ask_once(GgufJob(folder, target, kind, name))
     size, kl = bytes_text(written["bytes"]), metric_text("kl", written["kl"])
     said = f"{to}: {size}, {written['kind']}, loads back"

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from compose.analysis.metrics import METRICS, interval_of, metrics
 from compose.analysis.verdicts import TONES
+from compose.artifacts.zero_points import price_text
 from compose.errors import UserError
 from compose.language.limits import Limits
 from compose.language.schema import DEFAULT_MATRIX, Pipeline
@@ -239,7 +240,8 @@ def compressed_text(to: Path, written: dict[str, Any]) -> str:
     if written["rounded_scales"]:
         text += "; vLLM rounds the scales to the folder's float type"
     kl = metric_text("kl", written["kl"])
-    return f"{text}; KL from the predictions of the model folder: {kl}"
+    text += f"; KL from the predictions of the model folder: {kl}"
+    return "\n".join((text, *price_text(written["zero_points"])))
 
 
 def read_text(text: str) -> str:

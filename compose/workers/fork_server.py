@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compose.capacity import THREADS
-from compose.workers.main import main
+from compose.workers.main import leave_out_torchao, main
 
 MOST_BYTES = 1 << 17
 """Of a message; the environment is its longest part."""
@@ -29,6 +29,7 @@ ADOPTION_S = 10.0
 
 def import_libraries() -> None:
     """Import what steps and cells need of most models. Nothing here starts a thread or a device."""
+    leave_out_torchao()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     from compose.artifacts import intake  # noqa: F401

@@ -242,7 +242,7 @@ def _convert(job: ConvertJob, channel: Channel) -> str:
 def _compressed(job: CompressedTensorsJob, channel: Channel) -> dict[str, Any]:
     from compose.artifacts.compressed_tensors import write_compressed
 
-    return write_compressed(job.folder, job.target)
+    return write_compressed(job.folder, job.target, job.dense)
 
 
 def _fetch(job: FetchJob, channel: Channel) -> list[tuple[str, str | None]]:
@@ -271,11 +271,18 @@ ROLES: dict[Role, Callable[[Any, Channel], Any]] = {
 """The roles that give one answer. `cell` and `chat` give one a command."""
 
 
+def leave_out_torchao() -> None:
+    """Let this process not find torchao, which nothing here uses. gptqmodel installs it, and
+    transformers would import it, in a fifth of the time that a worker takes to start."""
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
+
+
 def main(role: Role, job_file: str) -> int:
     """Do the role on the job file; 0 when the answer is good."""
     parent = os.environ.pop("GATESKIP_PARENT", None)
     die_with_parent(None if parent is None else int(parent))
     channel = Channel()
+    leave_out_torchao()
     # int8 layers warn at every multiplication that they cast its input.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     print(f"--- {role} {job_file} {datetime.now(UTC).isoformat(timespec='seconds')}", flush=True)

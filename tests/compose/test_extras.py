@@ -73,19 +73,26 @@ def test_the_core_decodes_alone(gated: Path, tmp_path: Path) -> None:
     assert not hidden & {"torch", "transformers", "safetensors", "tokenizers", "numpy", "regex"}
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
-def test_packed_weights_name_the_extra(tiny_llama: Path, tmp_path: Path, method: str) -> None:
-    packed = tmp_path / "packed"
-    shutil.copytree(tiny_llama, packed)
-    config = json.loads((packed / "config.json").read_text("utf-8"))
-    config["quantization_config"] = {"quant_method": method}
-    (packed / "config.json").write_text(json.dumps(config), "utf-8")
-    code = "import gateskip; gateskip.load('packed')"
-    last = _without(QUANTIZERS, code, tmp_path).splitlines()[-1]
-    assert f"loading {method} weights needs" in last
-    assert "pip install 'gateskip-compose[compress]'" in last
+def test_packed_weights_name_the_extra(tiny_llama: Path, tmp_path: Path) -> None:
+    for method in ("bitsandbytes", "gptq"):
+        shutil.copytree(tiny_llama, tmp_path / method)
+        config = json.loads((tmp_path / method / "config.json").read_text("utf-8"))
+        config["quantization_config"] = {"quant_method": method}
+        (tmp_path / method / "config.json").write_text(json.dumps(config), "utf-8")
+    told = _without(QUANTIZERS, LOAD, tmp_path)
+    for method in ("bitsandbytes", "gptq"):
+        assert f"loading {method} weights needs" in told
+    assert told.count("pip install 'gateskip-compose[compress]'") == 2
 
 
+LOAD = """
+import gateskip
+for folder in ("bitsandbytes", "gptq"):
+    try:
+        gateskip.load(folder)
+    except Exception as error:
+        print(error)
+"""
 RUN = """
 import sys
 sys.argv = ['gateskip', *{words!r}]

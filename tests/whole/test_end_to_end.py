@@ -38,7 +38,7 @@ benchmark:
   threads: 1
   speed:    {prompt_tokens: 64, new_tokens: 24, repeats: 2, min_seconds: 0.5}
   quality:
-    {perplexity: heldout-text, perplexity_tokens: 512, tasks: [arc_easy], limit: 4,
+    {perplexity: heldout-text, perplexity_tokens: 512, tasks: [],
      own_answers: {source: prompts, prompts: 2, new_tokens: 16}}
   lossless: {prompts: 4, new_tokens: 32}
 export:

@@ -24,6 +24,7 @@ from compose.artifacts import compressed_tensors
 from compose.artifacts.compressed_tensors import write_compressed
 from compose.artifacts.folder import copy_companions, probe_ids
 from compose.artifacts.packed_folder import IntegerLayer, PackedFolder, packed, unpacked
+from compose.artifacts.zero_points import price_text
 from compose.bench.peers.environment import python_of
 from compose.bench.peers.table import ENGINES, Engine
 from compose.errors import ArtifactError, StepError
@@ -180,6 +181,18 @@ def test_the_kl_is_that_of_the_weights_that_were_written(
     right = compressed_tensors._tensors
     monkeypatch.setattr(compressed_tensors, "_tensors", wrong)
     assert write_compressed(quantize(**PACKED[case]), tmp_path / "made")["kl"] > 1e-3
+
+
+def test_the_price_of_integer_zero_points_is_told(
+    quantize: Quantize, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = make_tiny("llama", num_hidden_layers=LAYERS)
+    price = write_compressed(quantize(**PACKED["int4"]), tmp_path / "4", dense)["zero_points"]
+    assert 0 < price["real"] < price["integer"]
+    (told,) = price_text(price)
+    assert "integer zero points cost quality" in told
+    price = write_compressed(quantize(**PACKED["int8"]), tmp_path / "8", dense)["zero_points"]
+    assert price is None and price_text(price) == (), "8 bits have none"
 
 
 def test_an_untied_head_is_written_as_floats(quantize: Quantize, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from jobs import write_idle_job
 
 from compose.contract import AnswerJob, ProbeJob, Role, write_job
 from compose.errors import ArtifactError, StepError, UserError
-from compose.processes import worker_process
+from compose.processes import fork_server, worker_process
 from compose.processes.executors import make_executor
 from compose.processes.fork_server import ForkedProcess, ForkServer
 from compose.processes.worker_process import (
@@ -130,12 +130,21 @@ def test_the_error_of_a_killed_worker_has_its_signal_and_the_end_of_its_log(
     assert soon(lambda: not any(map(alive, pids)))
 
 
+LIGHT = """
+from compose.workers import fork_server
+fork_server.import_libraries = fork_server.set_threads = lambda *_: None
+fork_server.run()
+"""
+"""A fork server that imports no library, which takes ten seconds on a busy machine."""
+
 PARENT = """
 import sys, time
 from pathlib import Path
+from compose.processes import fork_server
 from compose.processes.executors import LocalExecutor
 from jobs import write_idle_job
 folder = Path(sys.argv[1])
+fork_server.SERVER = [sys.executable, "-c", sys.argv[2]]
 write_idle_job(folder / "job.json")
 worker = LocalExecutor().start("cell", folder / "job.json", folder / "cell.log")
 worker.send({"do": "speed", "round": 0, "batch": 1})
@@ -147,7 +156,7 @@ time.sleep(600)
 
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path)],
+        [sys.executable, "-c", PARENT, str(tmp_path), LIGHT],
         stdout=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
@@ -274,7 +283,10 @@ def test_a_forked_worker_has_what_it_was_started_with(
     assert worker.process.returncode == -signal.SIGTERM
 
 
-def test_workers_start_where_the_fork_server_was_killed(tmp_path: Path) -> None:
+def test_workers_start_where_the_fork_server_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "SERVER", [sys.executable, "-c", LIGHT])
     forks = ForkServer()
     worker = idle_cell(tmp_path, forks.start)
     assert isinstance(worker.process, ForkedProcess)

@@ -296,16 +296,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> chaos.Chaos:
 class Run:
     """`gateskip run --executor ray` on the pipeline of chaos, as a process of its own."""
 
-    def __init__(self, whole: Any, out: Path, address: str) -> None:
+    def __init__(self, whole: Any, out: Path, address: str, *more: str) -> None:
         self.whole, self.out = whole, out
         os.environ["RAY_ADDRESS"] = address
         try:
-            self.process = whole.start(out, "--executor", "ray", "--retry-failed")
+            self.process = whole.start(out, "--executor", "ray", "--retry-failed", *more)
         finally:
             del os.environ["RAY_ADDRESS"]
 
-    def wait_for_worker(self, role: str, part: str) -> psutil.Process:
-        """The worker of a job whose file has `part` in its name, once it runs."""
+    def at_worker(self, role: str, part: str, do: Callable[[psutil.Process], Any]) -> Any:
+        """What `do` gives for the worker of a job whose file has `part` in its name, once it runs:
+        for the next one where it ends meanwhile."""
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             assert self.process.poll() is None, self.process.communicate()
@@ -315,7 +316,7 @@ class Run:
                     job = Path(words[-1]) if words else Path()
                     ours = "compose.workers.main" in words and job.is_relative_to(self.out)
                     if ours and words[-2] == role and part in job.name:
-                        return each
+                        return do(each)
             time.sleep(0.05)
         raise AssertionError(f"no worker {role} {part}")
 
@@ -326,32 +327,36 @@ class Run:
 
 
 @pytest.mark.slow
-def test_a_matrix_on_a_cluster_whose_workers_and_nodes_go_ends_like_a_local_one(
+def test_a_matrix_on_a_cluster_that_falls_apart_ends_like_a_local_one(
     whole: chaos.Chaos, cluster: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "ray"
+    _ends_although_workers_and_a_node_go(whole, cluster, out)
+    steps = chaos.stored(out)
+    _is_measured_elsewhere_where_the_cluster_goes(whole, cluster, out)
+    assert chaos.stored(out) == steps, "finished steps are not made again"
+
+
+def _ends_although_workers_and_a_node_go(whole: chaos.Chaos, cluster: Any, out: Path) -> None:
     run = Run(whole, out, cluster.address)
-    run.wait_for_worker("step", "gates").send_signal(signal.SIGKILL)
-    run.wait_for_worker("cell", "cell-")
+    run.at_worker("step", "gates", psutil.Process.kill)
+    run.at_worker("cell", "cell-", psutil.Process.status)
     cluster.remove_node(cluster.workers[0], allow_graceful=False)
-    run.wait_for_worker("cell", "cell-").send_signal(signal.SIGKILL)
-    timed = run.wait_for_worker("cell", "speed-")
+    run.at_worker("cell", "cell-", psutil.Process.kill)
+    parents = run.at_worker("cell", "speed-", psutil.Process.parents)
     (raylet,) = cluster.workers[1].all_processes["raylet"]
-    assert raylet.process.pid in {parent.pid for parent in timed.parents()}, "the marked node"
+    assert raylet.process.pid in {parent.pid for parent in parents}, "the marked node"
     told = run.finish()
     assert "attempt 1 of 3" in told and "SIGKILL" in told
     assert chaos.differences(whole.wanted, chaos.comparable(out)) == []
     assert chaos.left_files(out, whole.folder / "scratch") == []
 
 
-@pytest.mark.slow
-def test_a_run_whose_cluster_went_goes_on_elsewhere(
-    whole: chaos.Chaos, cluster: Any, tmp_path: Path
+def _is_measured_elsewhere_where_the_cluster_goes(
+    whole: chaos.Chaos, cluster: Any, out: Path
 ) -> None:
-    out = tmp_path / "ray"
-    run = Run(whole, out, cluster.address)
-    run.wait_for_worker("cell", "cell-")
-    steps = chaos.stored(out)
+    run = Run(whole, out, cluster.address, "--again")
+    run.at_worker("cell", "cell-", psutil.Process.status)
     cluster.remove_node(cluster.head_node, allow_graceful=False)
     with contextlib.suppress(subprocess.TimeoutExpired):
         run.process.wait(timeout=180)
@@ -362,8 +367,6 @@ def test_a_run_whose_cluster_went_goes_on_elsewhere(
     code, told = whole.finish(out, "--retry-failed")
     assert code == 0, told
     assert chaos.differences(whole.wanted, chaos.comparable(out)) == []
-    now = chaos.stored(out)
-    assert {key: now[key] for key in steps} == steps, "finished steps are not made again"
 
 
 # --- Replicas on this cluster ---------------------------------------------------------------------

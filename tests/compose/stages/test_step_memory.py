@@ -16,6 +16,9 @@ from tiny_models import stored_as
 from compose.memory import peak_bytes, reset_peak, resident_bytes
 from compose.stages.registry import STAGES, DataSpec, StageJob
 
+FORKS = multiprocessing.get_context("forkserver")
+"""Processes that have imported what all of these stages do."""
+FORKS.set_forkserver_preload(["compose.stages.registry", "gateskip.training.loop"])
 DEEP = {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -82,8 +85,7 @@ def test_no_second_copy_of_the_weights(
         few = spec.model_copy(update={"limit": 8})
         given = {"train": spec, "calibration": few, "progress": quiet, "dtype": "bfloat16"}
         jobs.append(make_job(source, target, **given))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
         grown = pool.submit(growth, parameters, *jobs).result()
     assert 1.9 * WEIGHTS < grown < most * WEIGHTS
 

@@ -39,11 +39,11 @@ def test_32_requests_have_the_tokens_of_generate(
     prompts = [tuple(ids[30 * i : 30 * i + 20 + 20 * i]) for i in range(16)]
     prompts += [prompt[: len(prompt) // 2] + tuple(ids[-9:]) for prompt in prompts]
     requests = [
-        Request(prompt=prompt, max_new_tokens=24, **WAYS[i % len(WAYS)])
+        Request(prompt=prompt, max_new_tokens=12, **WAYS[i % len(WAYS)])
         for i, prompt in enumerate(prompts)
     ]
     wanted = [
-        decoder.generate([r.prompt], 24, sampler=r.sampler, seed=r.seed).tokens[0] for r in requests
+        decoder.generate([r.prompt], 12, sampler=r.sampler, seed=r.seed).tokens[0] for r in requests
     ]
     scheduler, heard = serve(decoder, ServeLimits(context=512)), [Listener() for _ in requests]
     for request, listener in zip(requests, heard, strict=True):
