@@ -32,7 +32,7 @@ from gateskip.kernels import autotune
 from gateskip.model.draft_network import load_network
 from gateskip.model.families import UnsupportedModel, find_branches
 from gateskip.quantization.folders import load_model
-from gateskip.quantization.gpu_linear import pack_for_gpu
+from gateskip.quantization.gpu_linear import pack_for_gpu, pass_unused
 from gateskip.quantization.head import INT8, head_format, round_head
 from gateskip.quantization.packed_embedding import pack_embedding
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
@@ -408,7 +408,10 @@ def _in_torch(
     if head_format(folder) == INT8:
         round_head(model)
     gates, kv_rule = _gates(folder, file, model)
-    gates = None if gates is None else gates.to(device)
+    if gates is not None:
+        gates = gates.to(device)
+        if device.type == "cuda" and backend == "gathered":
+            pass_unused(model)
     return _decoder(folder, SkippingModel(model.to(device), gates, kv_rule, backend), file)
 
 

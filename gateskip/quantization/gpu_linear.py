@@ -1,8 +1,8 @@
-"""Integer grids on a GPU: modules that multiply by packed codes with the kernels of
-gateskip/kernels/gpu.
+"""Linear layers on a GPU that multiply with the kernels of gateskip/kernels/gpu.
 
-`pack_for_gpu` puts them in place of the grid modules of a loaded model. Other packed layers stay:
-those of bitsandbytes have kernels for GPUs of their own.
+`pack_for_gpu` puts modules of packed codes in place of the grid modules of a loaded model, and
+`pass_unused` lets layers of floats read no weights in a branch that no token enters. Other packed
+layers stay: those of bitsandbytes have kernels for GPUs of their own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module  # noqa: TID251
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gateskip.extras import need
+from gateskip.model.families import backbone
 from gateskip.quantization.grid import Grid, pack_bits, unpack_bits
 from gateskip.quantization.grid_linear import STORED, GridEmbedding, GridLinear, SharedHead
 
@@ -31,7 +33,8 @@ _entered: ContextVar[Tensor | None] = ContextVar("entered", default=None)
 @contextmanager
 def used_rows(entered: Tensor | None) -> Iterator[None]:
     """Within this context only the rows of `entered`, bool [...], of each product are used; None
-    for all. A `GpuLinear` reads no weights where no row is, without asking the host."""
+    for all. A `GpuLinear` or `UsedLinear` reads no weights where no row is, without asking the
+    host."""
     before = _entered.set(None if entered is None else entered.flatten())
     try:
         yield
@@ -106,11 +109,34 @@ class GpuEmbedding(nn.Module):
         return rows.view(*ids.shape, self.embedding_dim)
 
 
+class UsedLinear(nn.Linear):
+    """A linear layer of floats that takes `used_rows` into account for a few rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] -> [..., out]."""
+        flat, entered = input.reshape(-1, self.in_features), _entered.get()
+        if entered is None or len(flat) > _kernels().FEW_ROWS or flat.dtype != self.weight.dtype:
+            return super().forward(input)
+        multiply = _kernels("floats").multiply_used
+        out: Tensor = multiply(flat.contiguous(), self.weight, self.bias, entered)
+        return out.view(*input.shape[:-1], self.out_features)
+
+
 @cache
-def _kernels() -> Any:
-    """The module of the kernels. An import statement would make an exported folder require
-    Triton."""
-    return import_module("gateskip.kernels.gpu.packed")
+def _kernels(kind: str = "packed") -> Any:
+    """A module of kernels. An import statement would make an exported folder require Triton."""
+    return import_module(f"gateskip.kernels.gpu.{kind}")
+
+
+def pass_unused(model: Any) -> int:
+    """Make the linear layers of floats in a model's layers `UsedLinear`, in place, where Triton is
+    installed; returns how many."""
+    if find_spec("triton") is None:
+        return 0
+    linears = [part for part in backbone(model).layers.modules() if type(part) is nn.Linear]
+    for linear in linears:
+        linear.__class__ = UsedLinear
+    return len(linears)
 
 
 def pack_for_gpu(model: Any) -> int:

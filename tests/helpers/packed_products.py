@@ -1,5 +1,5 @@
-"""Products by packed weights on a GPU's kernels, compared with torch's: on a device, or run as a
-program in Triton's interpreter, which has to be chosen before Triton is imported."""
+"""Products on a GPU's kernels, by packed weights and by floats, compared with torch's: on a device,
+or run as a program in Triton's interpreter, which has to be chosen before Triton is imported."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gateskip.quantization.gpu_linear import GpuLinear, used_rows
+from gateskip.quantization.gpu_linear import (
+    GpuLinear,
+    UsedLinear,
+    pack_for_gpu,
+    pass_unused,
+    used_rows,
+)
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
 
 SUMS = 1e-6
@@ -133,7 +140,6 @@ def of_a_model(folder: str, device: str) -> dict[str, Any]:
     """Logits of a folder of grids on these kernels against those of unpacked weights, as a share of
     their spread: of a prompt in one pass, and then token by token."""
     from gateskip.quantization.folders import load_model
-    from gateskip.quantization.gpu_linear import pack_for_gpu
     from gateskip.runtime.skipping import SkippingModel
 
     ids = torch.tensor([[5, 9, 2, 31, 7, 11, 3, 8, 40, 21]], device=device)
@@ -150,25 +156,54 @@ def of_a_model(folder: str, device: str) -> dict[str, Any]:
     return {"replaced": replaced, "error": float(error)}
 
 
-def of_skipped_branches(folder: str, device: str, kv_rule: str) -> dict[str, Any]:
-    """Logits of tokens that skip an attention branch, an MLP branch, both and none: these kernels
-    against those of unpacked weights."""
+FLOATS = ((1, 1, 1), (2, 15, 257), (7, 17, 64), (8, 33, 300))
+"""Rows, outputs and inputs of products by floats."""
+
+
+def of_floats(device: str) -> list[float]:
+    """The largest error of each product in FLOATS as a share of its bound, in float32 and bfloat16;
+    infinity where weights are read of which no row is used."""
+    errors, random = [], torch.Generator().manual_seed(2)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, n, k in FLOATS:
+            linear = nn.Linear(k, n, bias=n % 2 == 1, device="cpu").to(dtype)
+            linear.__class__ = UsedLinear
+            x = torch.randn(rows, k, generator=random).to(dtype)
+            used = torch.zeros(rows, dtype=torch.bool)
+            used[-1] = True
+            with torch.no_grad(), used_rows(used.to(device)):
+                out = linear.to(device)(x.to(device)).cpu()
+            weight, bias = linear.weight.detach().cpu(), linear.bias
+            bias = None if bias is None else bias.detach().cpu()
+            errors.append(_error(out, x, weight, bias))
+            linear.weight.data.fill_(torch.nan)
+            with torch.no_grad(), used_rows(torch.zeros_like(used).to(device)):
+                none = linear(x.to(device)).cpu()
+            expected = torch.zeros(n, dtype=dtype) if bias is None else bias
+            errors[-1] = errors[-1] if torch.equal(none, expected.expand_as(none)) else math.inf
+    return errors
+
+
+def of_skipped_branches(
+    folder: str, device: str, kv_rule: str, prepare: Callable[[Any], int]
+) -> dict[str, Any]:
+    """Logits of tokens that skip an attention branch, an MLP branch, both and none: a model that
+    `prepare` gave these kernels, against the same without."""
     from gateskip.gates.kinds import make_gates
     from gateskip.quantization.folders import load_model
-    from gateskip.quantization.gpu_linear import pack_for_gpu
     from gateskip.runtime.on_device import DeviceUsage
     from gateskip.runtime.skipping import SkippingModel
 
     ids = torch.tensor([[5, 9, 2, 31, 7, 11, 3]], device=device)
     logits = []
     with torch.inference_mode():
-        for packed in (False, True):
+        for prepared in (False, True):
             model = load_model(folder, "float32").to(device)
-            if packed:
-                pack_for_gpu(model)
+            if prepared:
+                prepare(model)
             gates = make_gates("scalar", 2, model.config.hidden_size).to(device)
             backend = SkippingModel(model.to(device), gates, kv_rule).backend
-            if packed:  # the steps of a device, on whatever there is
+            if prepared:  # the steps of a device, on whatever there is
                 backend.on_cpu, backend.usage = False, DeviceUsage.of(model)
             cache = backend.new_cache(1, ids.shape[1])
             backend.prefill(ids[:, :3], cache, [0])
@@ -188,5 +223,11 @@ if __name__ == "__main__":
     found = {"cases": [measured(case, "cpu") for case in CASES]}
     found["model"] = of_a_model(sys.argv[1], "cpu")
     rules = ("project", "copy")
-    found["skipped"] = {rule: of_skipped_branches(sys.argv[1], "cpu", rule) for rule in rules}
+    ways = {"packed": (sys.argv[1], pack_for_gpu), "floats": (sys.argv[2], pass_unused)}
+    found["floats"] = of_floats("cpu")
+    found["skipped"] = {
+        f"{way} {rule}": of_skipped_branches(folder, "cpu", rule, prepare)
+        for way, (folder, prepare) in ways.items()
+        for rule in rules
+    }
     print(json.dumps(found))

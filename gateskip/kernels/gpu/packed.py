@@ -57,6 +57,17 @@ def _weights(
 
 
 @triton.jit
+def last_input(entered, inputs, ROWS: tl.constexpr):
+    """How many inputs a product has to read: none, where no byte of entered [ROWS] is set."""
+    if entered is not None:
+        flag = tl.load(entered)
+        for row in tl.static_range(1, ROWS):
+            flag |= tl.load(entered + row)
+        inputs = tl.where(flag != 0, inputs, 0)
+    return inputs
+
+
+@triton.jit
 def multiply_kernel(
     x,
     codes,
@@ -77,15 +88,9 @@ def multiply_kernel(
     """out [ROWS, n] = x [ROWS, groups * GROUP] times the weights, plus bias [n]. A program computes
     OUTPUTS outputs of all rows, from GROUPS groups at a time; sums are float32. Where no byte of
     entered [ROWS] is set, it reads no weights, and the product is 0."""
-    end = groups
-    if entered is not None:
-        flag = tl.load(entered)
-        for row in tl.static_range(1, ROWS):
-            flag |= tl.load(entered + row)
-        end = tl.where(flag != 0, groups, 0)
     n_at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     sums = (tl.zeros([OUTPUTS, GROUPS], tl.float32),) * ROWS
-    for first in range(0, end, GROUPS):
+    for first in range(0, last_input(entered, groups, ROWS), GROUPS):
         group_at = first + tl.arange(0, GROUPS)
         weights = _weights(codes, scale, minimum, n_at, n, group_at, groups, BITS, GROUP, MIDDLE)
         at = group_at[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

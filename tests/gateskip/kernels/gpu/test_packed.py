@@ -1,4 +1,4 @@
-"""Triton's kernels for packed weights: in its interpreter, compiled without a card, and on a card.
+"""Triton's kernels: in its interpreter, compiled without a card, and on a card.
 
 Triton takes a gigabyte, so it is not part of the development environment: `make gpu-interpreted`
 installs it and runs this file.
@@ -20,7 +20,15 @@ from typing import Any
 import packed_products
 import pytest
 import torch
-from packed_products import CASES, Case, measured, of_a_model, of_skipped_branches
+from packed_products import (
+    CASES,
+    FLOATS,
+    Case,
+    measured,
+    of_a_model,
+    of_floats,
+    of_skipped_branches,
+)
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
@@ -30,7 +38,7 @@ from gateskip.model.families import UnsupportedModel
 from gateskip.quantization import gpu_linear
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.formats import weight_format
-from gateskip.quantization.gpu_linear import GpuLinear, pack_for_gpu
+from gateskip.quantization.gpu_linear import GpuLinear, pack_for_gpu, pass_unused
 from gateskip.quantization.grid import Grid, unpack_bits
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -49,10 +57,16 @@ def packed_folder(make_tiny: Callable[..., Path], grid_folder: Callable[..., Pat
 
 
 @pytest.fixture(scope="module")
-def interpreted(packed_folder: Path) -> dict[str, Any]:
+def float_folder(make_tiny: Callable[..., Path]) -> Path:
+    """The same layer in floats."""
+    return make_tiny("llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def interpreted(packed_folder: Path, float_folder: Path) -> dict[str, Any]:
     """What packed_products.py found in the interpreter."""
     done = subprocess.run(
-        [sys.executable, packed_products.__file__, str(packed_folder)],
+        [sys.executable, packed_products.__file__, str(packed_folder), str(float_folder)],
         env={**os.environ, "PYTHONPATH": _path(), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -88,10 +102,19 @@ def test_a_model_in_the_interpreter(interpreted: dict[str, Any]) -> None:
 
 
 @needs_triton
+def test_products_by_floats_in_the_interpreter(interpreted: dict[str, Any]) -> None:
+    assert len(interpreted["floats"]) == 2 * len(FLOATS)
+    assert max(interpreted["floats"]) <= 1
+
+
+@needs_triton
 @pytest.mark.parametrize("kv_rule", ["project", "copy"])
-def test_skipped_branches_in_the_interpreter(interpreted: dict[str, Any], kv_rule: str) -> None:
+@pytest.mark.parametrize("weights", ["packed", "floats"])
+def test_skipped_branches_in_the_interpreter(
+    interpreted: dict[str, Any], weights: str, kv_rule: str
+) -> None:
     """A prompt of three tokens, and four that enter both, one, the other and no branch."""
-    skipped = interpreted["skipped"][kv_rule]
+    skipped = interpreted["skipped"][f"{weights} {kv_rule}"]
     assert skipped["entered"] == [5, 5]
     assert skipped["error"] < LOGITS
 
@@ -160,10 +183,41 @@ def test_a_branch_that_no_token_enters_is_not_used(
 
     monkeypatch.setattr("gateskip.extras.find_spec", lambda name: name)
     monkeypatch.setattr(gpu_linear, "_kernels", lambda: SimpleNamespace(multiply=multiply))
-    skipped = of_skipped_branches(str(packed_folder), "cpu", kv_rule)
+    skipped = of_skipped_branches(str(packed_folder), "cpu", kv_rule, pack_for_gpu)
     assert skipped["entered"] == [5, 5]
     assert skipped["error"] < LOGITS
-    assert len(unread) == 2 * (2 + 3), "queries and output, and three of an MLP, of two tokens"
+    assert len(unread) == UNREAD
+
+
+UNREAD = 2 * (2 + 3)
+"""Products of two tokens each: queries and output of attention, and three of an MLP."""
+
+
+@pytest.mark.parametrize("kv_rule", ["project", "copy"])
+def test_floats_of_a_branch_that_no_token_enters_are_not_used(
+    float_folder: Path, monkeypatch: pytest.MonkeyPatch, kv_rule: str
+) -> None:
+    """The same of a model that was not packed."""
+    unread = []
+
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, entered: Tensor) -> Tensor:
+        if not entered.any():
+            unread.append(len(weight))
+            weight = torch.full_like(weight, torch.nan)
+        return F.linear(x, weight, bias)
+
+    kernels = SimpleNamespace(FEW_ROWS=8, multiply_used=multiply)
+    monkeypatch.setattr(gpu_linear, "_kernels", lambda *_: kernels)
+    monkeypatch.setattr(gpu_linear, "find_spec", lambda name: None)
+    model = load_model(float_folder)
+    assert pass_unused(model) == 0, "without Triton"
+    monkeypatch.setattr(gpu_linear, "find_spec", lambda name: name)
+    assert pass_unused(model) == 7
+    assert weight_format(model) == "float32"
+    skipped = of_skipped_branches(str(float_folder), "cpu", kv_rule, pass_unused)
+    assert skipped["entered"] == [5, 5]
+    assert skipped["error"] < LOGITS
+    assert len(unread) == UNREAD
 
 
 def test_formats_without_kernels_are_refused(packed_folder: Path, tmp_path: Path) -> None:
@@ -177,7 +231,7 @@ def test_formats_without_kernels_are_refused(packed_folder: Path, tmp_path: Path
 # --- Compiled without a card ----------------------------------------------------------------------
 
 POINTERS = {"x": "*bf16", "codes": "*u8", "scale": "*bf16", "minimum": "*bf16", "bias": "*bf16"}
-POINTERS |= {"entered": "*u8"}
+POINTERS |= {"weight": "*bf16", "entered": "*u8"}
 
 
 def _registers_and_spills(ptx: str, folder: Path) -> tuple[int, int]:
@@ -202,7 +256,7 @@ def _registers_and_spills(ptx: str, folder: Path) -> tuple[int, int]:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("rows", [0, 1, 8], ids=["unpack", "1 row", "8 rows"])
 def test_compiled_without_a_card(
     rows: int,
@@ -212,22 +266,28 @@ def test_compiled_without_a_card(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """PTX and a cubin; no register spills, and lanes load several codes at once."""
+    """PTX and a cubin; no register spills, and lanes load several codes at once. Weights of 16 bits
+    are floats."""
+    if (rows, bits) == (0, 16):
+        pytest.skip("floats are not unpacked")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gateskip.kernels.gpu import packed
+    from gateskip.kernels.gpu import floats, packed
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     fixed = {"BITS": bits, "GROUP": 32, "MIDDLE": 1 << (bits - 1)}
-    if rows:
+    if bits == 16:
+        kernel, warps = floats.multiply_kernel, packed.WARPS
+        fixed = {"ROWS": rows, "OUTPUTS": packed.OUTPUTS, "INPUTS": packed.INPUTS}
+    elif rows:
         kernel, warps = packed.multiply_kernel, packed.WARPS
         fixed |= {"ROWS": rows, "OUTPUTS": packed.OUTPUTS, "GROUPS": packed.INPUTS // 32}
     else:
         kernel, warps = packed.unpack_kernel, packed.UNPACKING_WARPS
         fixed |= {"OUTPUTS": packed.UNPACKED_OUTPUTS, "GROUPS": packed.UNPACKED_INPUTS // 32}
-    types = {**POINTERS, "out": "*bf16", "n": "i32", "groups": "i32"}
+    types = {**POINTERS, "out": "*bf16", **dict.fromkeys(("n", "k", "groups"), "i32")}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -256,6 +316,13 @@ def test_products_on_a_card(case: Case) -> None:
     found = measured(case, "cuda")
     assert found["error"] <= 1
     assert found["exact"] and found["rounded"] and found["flag"]
+
+
+@needs_triton
+@needs_card
+@pytest.mark.gpu
+def test_products_by_floats_on_a_card() -> None:
+    assert max(of_floats("cuda")) <= 1
 
 
 @needs_triton
