@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from compose.extras import missing_extra
+from compose.extras import leave_out_torchao, missing_extra
 
 
 def main() -> None:
     """Run the command line; 2, with the extra's name, where a library of an extra is missing."""
+    leave_out_torchao()
     try:
         from compose.cli import main as run
 

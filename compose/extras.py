@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 
@@ -39,6 +40,12 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 pyproject.toml has names of distributions, and what is not installed cannot be asked for its import
 names. A library of two extras stands under the first.
 """
+
+
+def leave_out_torchao() -> None:
+    """Let this process not find torchao, which nothing here uses. gptqmodel installs it, and
+    transformers would import it, in a fifth of the time that a process takes to start."""
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
 
 
 def extra_of(module: str) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.errors import ComposeError
+from compose.extras import leave_out_torchao
 from compose.serve.port import bound_socket
 from compose.serve.settings import from_json
 
@@ -28,6 +29,7 @@ def main() -> int:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, job["cores"])
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    leave_out_torchao()
     from compose.serve.server import serve_one
 
     try:

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from compose.capacity import THREADS
-from compose.workers.main import leave_out_torchao, main
+from compose.extras import leave_out_torchao
+from compose.workers.main import main
 
 MOST_BYTES = 1 << 17
 """Of a message; the environment is its longest part."""

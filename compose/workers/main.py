@@ -57,6 +57,7 @@ from compose.contract import (
     read_job,
 )
 from compose.errors import StepError, UserError
+from compose.extras import leave_out_torchao
 from compose.units import Progress
 from compose.workers.probe import probe_libraries
 from compose.workers.protocol import Channel, answer, die_with_parent, failure_message
@@ -269,12 +270,6 @@ ROLES: dict[Role, Callable[[Any, Channel], Any]] = {
     "fetch": _fetch,
 }
 """The roles that give one answer. `cell` and `chat` give one a command."""
-
-
-def leave_out_torchao() -> None:
-    """Let this process not find torchao, which nothing here uses. gptqmodel installs it, and
-    transformers would import it, in a fifth of the time that a worker takes to start."""
-    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
 
 
 def main(role: Role, job_file: str) -> int:
