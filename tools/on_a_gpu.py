@@ -2,10 +2,11 @@
 
     python tools/on_a_gpu.py --out runs/on-a-gpu [--model FOLDER] [--shapes llama-1b llama-8b]
 
-For each shape (random bfloat16 weights) and for the folder: decoding and prefill of gateskip at
-full compute and with gates that skip a quarter, against transformers compiled with a static cache,
-and where vLLM is installed, vLLM on our compressed-tensors export. Besides, the cost of a
-condition: a small product that is masked, and the same after the host asked. Never run on a GPU.
+For each shape (random bfloat16 weights) and for the folder: decoding and prefill of gateskip, in
+bfloat16 and in 4 bits, at full compute and with gates that skip a quarter, against transformers
+compiled with a static cache, and where vLLM is installed, vLLM on our compressed-tensors export.
+Besides, the cost of a condition: a small product that is masked, and the same after the host asked.
+Never run on a GPU.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def measured(name: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
     systems: dict[str, Callable[[], Times]] = {
         "plain": partial(gateskip_times, folder, None),
         "skip": partial(gateskip_times, folder, BUDGET),
+        "int4": partial(int4_times, folder, scratch, None),
+        "int4:skip": partial(int4_times, folder, scratch, BUDGET),
         "transformers:compiled": partial(transformers_times, folder),
     }
     if importlib.util.find_spec("vllm") is not None:
@@ -90,14 +93,20 @@ def prompt_ids(vocabulary: int) -> list[int]:
 
 
 def gateskip_times(folder: Path, budget: float | None) -> Times:
-    """The backend `gathered`; below full compute static gates skip the last branches."""
+    """The backend `gathered`, as `gateskip.load` prepares a model; below full compute static gates
+    skip the last branches."""
     from gateskip.decoding.decoder import Decoder
     from gateskip.gates.kinds import make_gates
     from gateskip.model.families import find_branches
     from gateskip.quantization.folders import load_model
+    from gateskip.quantization.gpu_linear import pack_for_gpu, pass_unused
     from gateskip.runtime.skipping import SkippingModel
 
-    model = load_model(folder, "bfloat16").to("cuda")
+    device = torch.device("cuda")
+    model = load_model(folder, "bfloat16", device)
+    pack_for_gpu(model)
+    pass_unused(model)
+    model = model.to(device)
     count, width = len(find_branches(model)), model.config.hidden_size
     gates = make_gates("scalar", count, width).to("cuda").requires_grad_(False)
     skipped = 0 if budget is None else round((1 - budget) * count)
@@ -112,6 +121,14 @@ def gateskip_times(folder: Path, budget: float | None) -> Times:
             times["prefill"].append(PROMPT / stats.prefill_s)
             times["decode"].append((NEW - 1) / stats.decode_s)
     return times
+
+
+def int4_times(folder: Path, scratch: Path, budget: float | None) -> Times:
+    """The same with the weights in 4 bits."""
+    packed = scratch / f"{folder.name}-int4-packed"
+    if not packed.exists():
+        round_to_4_bits(folder, packed, "real")
+    return gateskip_times(packed, budget)
 
 
 def transformers_times(folder: Path) -> Times:
@@ -151,20 +168,26 @@ def vllm_times(folder: Path, target: Path) -> Times:
 def as_compressed(folder: Path, target: Path) -> Path:
     """The folder rounded to 4 bits by the weights alone, in the format compressed-tensors."""
     from compose.artifacts.compressed_tensors import write_compressed
+
+    packed = target.with_name(f"{target.name}-integer")
+    round_to_4_bits(folder, packed, "integer")
+    write_compressed(packed, target)
+    return target
+
+
+def round_to_4_bits(folder: Path, target: Path, offset: str) -> None:
+    """Fill the new folder `target` with the weights of `folder` in 4 bits, rounded alone."""
     from compose.contract import StageJob
     from compose.stages.quantize.integers import Int4
 
-    packed = target.with_name(f"{target.name}-packed")
-    packed.mkdir(parents=True)
-    where: dict[str, Any] = {"source": folder, "dense": folder, "target": packed}
+    target.mkdir(parents=True)
+    where: dict[str, Any] = {"source": folder, "dense": folder, "target": target}
     where |= {"work": target.with_name("work"), "asset_cache": target.with_name("cache")}
     text = {"train": None, "calibration": None}
-    stage = Int4(use="int4", calibrate=False, offset="integer")
+    stage = Int4.model_validate({"use": "int4", "calibrate": False, "offset": offset})
     stage.run(StageJob(seed=0, dtype="bfloat16", **where, **text))
     for file in folder.glob("*token*"):
-        (packed / file.name).write_bytes(file.read_bytes())
-    write_compressed(packed, target)
-    return target
+        (target / file.name).write_bytes(file.read_bytes())
 
 
 def timed(run: Callable[[int], float]) -> Times:
