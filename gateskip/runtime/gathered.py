@@ -69,7 +69,7 @@ class TorchOperations:
         cache: KVCache,
         batch: Batch,
         threshold: float | Tensor | None,
-    ) -> int | None:
+    ) -> int | Tensor | None:
         """None: no branch is one call."""
         return None
 

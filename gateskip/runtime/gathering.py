@@ -78,10 +78,10 @@ class Operations(Protocol):
         cache: KVCache,
         batch: Batch,
         threshold: float | Tensor | None,
-    ) -> int | None:
+    ) -> int | Tensor | None:
         """hidden [B, S, H] += a branch, in place: norms, gate, cache and shortcuts in one call.
-        Returns how many tokens entered, or None where that was not done. With separate thresholds
-        for rows it does only branches that every token enters."""
+        Returns how many tokens entered, or with separate thresholds for rows which, bool [B, S];
+        None where nothing was done."""
         ...
 
     def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
@@ -187,9 +187,12 @@ class GatheredPass:
                 source = hidden.clone() if parallel else hidden
             threshold = thresholds_at(thresholds, branch.index)
             args = (branch, hidden, ropes, cache, batch, threshold)
-            count = None if parallel else operations.add_branch(*args)
-            if count is not None:
-                self._note(branch, thresholds, count, None)
+            done = None if parallel else operations.add_branch(*args)
+            if isinstance(done, Tensor):
+                self._note(branch, thresholds, done.sum(), done)
+                continue
+            if done is not None:
+                self._note(branch, thresholds, done, None)
                 continue
             x, logits = operations.read(branch, source)  # [B, S, H], [B, S]
             keep = self._entering(branch, x, logits, batch, threshold)  # [B, S] or None for all

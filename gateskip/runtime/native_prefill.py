@@ -136,27 +136,37 @@ class NativeOperations:
         cache: KVCache,
         batch: Batch,
         threshold: float | Tensor | None,
-    ) -> int | None:
-        """One native call, where the kernels have all products, all rows have the same thresholds,
-        and skipped tokens get projected keys and values."""
+    ) -> int | Tensor | None:
+        """One native call, where the kernels have all products, and skipped tokens get projected
+        keys and values."""
         if hidden.dtype != torch.bfloat16 or not self._multiplies(branch.index):
             return None
         count = batch.slots.numel()
-        if isinstance(threshold, Tensor) or self.sizes(count) != [count]:
+        if self.sizes(count) != [count]:
             return None
-        entry = None
+        if branch.kind == "attention" and self.kv_rule != "project" and threshold is not None:
+            return None
+        entry, entered, limits = None, None, torch.empty(0)
         if threshold is not None or batch.real is not None:
-            entry = self._entry(branch.index, batch.entering, threshold)
+            if isinstance(threshold, Tensor):  # [B, 1]
+                limits, entered = threshold.contiguous(), torch.empty_like(batch.entering)
+            else:
+                limits = torch.tensor([NEVER_SKIP if threshold is None else threshold])
+            entry = self._entry(branch.index, batch.entering, limits, entered)
         if branch.kind == "mlp":
-            return ops.prefill_mlp_branch(self.model.layer[branch.layer], entry, hidden)
-        if self.kv_rule != "project" and threshold is not None:
-            return None
-        return self._add_attention(branch, hidden, ropes[branch.rope], cache, batch.place, entry)
+            done: int | None = ops.prefill_mlp_branch(self.model.layer[branch.layer], entry, hidden)
+        else:
+            rope = ropes[branch.rope]
+            done = self._add_attention(branch, hidden, rope, cache, batch.place, entry)
+        return done if done is None or entered is None else entered.bool()
 
-    def _entry(self, branch: int, tokens: Tensor, threshold: float | None) -> Entry:
+    def _entry(self, branch: int, tokens: Tensor, limits: Tensor, entered: Tensor | None) -> Entry:
         """Which tokens enter a branch: those of `tokens` [B, S], an Entering each, whose gate
-        reaches the threshold, and those that always do. Valid as long as `tokens`."""
-        entry = Entry(tokens.data_ptr(), NEVER_SKIP if threshold is None else threshold)
+        reaches the threshold of `limits`, one for all or one for each row, and those that always
+        do. The kernel marks them in `entered`, uint8 [B, S]. Valid as long as the tensors."""
+        entry = Entry(tokens.data_ptr(), limits.data_ptr())
+        entry.entered = None if entered is None else entered.data_ptr()
+        entry.alike = tokens.numel() // limits.numel()
         if branch in self._parts.around:
             shortcut = self._parts.around[branch]
             entry.rank = len(shortcut[1])

@@ -330,14 +330,16 @@ class SkippingModel:
     ) -> Tensor:
         """As `forward`, in passes that end where any row comes to a new block.
 
-        Narrow blocks pass as in decoding, where few tokens take less than half as long in `native`.
-        A block is narrow by its place only, so a row's path does not depend on others or on chunks.
+        Narrow blocks pass as in decoding, where torch's products of few tokens take longer; not
+        where all products of prompts are native. A block is narrow by its place only, so a row's
+        path does not depend on others or on chunks.
         """
         batch, columns = input_ids.shape
         counts = [columns] * batch if lengths is None else list(lengths)
         done, out = [0] * batch, torch.empty(0)
         while live := [row for row in range(batch) if done[row] < counts[row]]:
             narrow = [row for row in live if is_narrow(starts[row] + done[row])]
+            narrow = [] if self.any_pieces else narrow
             live = narrow or live
             places = [starts[row] + done[row] for row in live]
             width = next_width(places, [counts[row] - done[row] for row in live])

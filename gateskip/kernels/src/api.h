@@ -19,7 +19,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 17 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 18 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -307,12 +307,14 @@ typedef struct PrefillRows {
 
 /* Which tokens of a prompt enter a branch, and what those get that skip it. */
 typedef struct Entry {
-  const uint8_t* tokens; /* [rows]: an Entering each */
-  float threshold;       /* which a gate's logit must reach */
-  int32_t rank;          /* of the branch's shortcut, a multiple of 8; 0 for none */
-  const uint16_t* down;  /* float16 [H, rank] */
-  const uint16_t* up;    /* float16 [rank, H] */
-  const float* bias;     /* [H] */
+  const uint8_t* tokens;   /* [rows]: an Entering each */
+  const float* thresholds; /* [rows / alike]: which a gate's logit must reach */
+  uint8_t* entered;        /* [rows]: becomes 1 for tokens that enter, 0 for others; or null */
+  int32_t alike;           /* rows that follow each other and share a threshold */
+  int32_t rank;            /* of the branch's shortcut, a multiple of 8; 0 for none */
+  const uint16_t* down;    /* float16 [H, rank] */
+  const uint16_t* up;      /* float16 [rank, H] */
+  const float* bias;       /* [H] */
 } Entry;
 
 /* What one group of columns can be, for each of n rows of a weight: `scale * code + lowest`. */

@@ -19,11 +19,13 @@ from gateskip.gates.shortcuts import Shortcuts
 from gateskip.kernels import ops
 from gateskip.kernels.abi import PrefillUnits
 from gateskip.model.families import find_branches
+from gateskip.model.gating import ANCHORS
 from gateskip.model.projections import AttentionShape, rotate
 from gateskip.model.reference import attend, causal
 from gateskip.quantization.draft_copy import CopyFormat, integer_copy, read_text
 from gateskip.quantization.folders import load_model
 from gateskip.runtime.attention import attend_padded, attend_rows, evened
+from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.gathered import few_sizes
 from gateskip.runtime.gathering import TOGETHER, filled
 from gateskip.runtime.kv_cache import EVEN
@@ -214,6 +216,63 @@ def test_a_cache_takes_what_it_says(make_tiny: Callable[..., Path]) -> None:
 # -- a whole branch in one call -----------------------------------------------------------------
 
 
+def stored_and_gated(folder: Path, bits: int) -> tuple[Any, SkippingModel]:
+    """A model with gates and shortcuts, in bfloat16 and as it is decoded in so many bits."""
+    needed = PrefillUnits.TILE_UNITS if bits == 16 else PrefillUnits.VECTORS
+    if ops.prefill_units() < needed:
+        pytest.skip("torch multiplies prompts here")
+    torch.manual_seed(0)
+    model = load_model(folder, "bfloat16")
+    made = read_text(model, torch.randint(3, 500, (2, 24)))
+    gates = make_gates("scalar", len(find_branches(model)), model.config.hidden_size)
+    gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, 8)
+    for part in (gates.weight, *gates.shortcuts.parameters()):
+        torch.nn.init.normal_(part, std=0.3)
+    gates.shortcuts.settle()
+    stored = model if bits == 16 else integer_copy(model, made, CopyFormat(bits, 32))
+    return model, SkippingModel(stored, gates, backend="native")
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+
+
+@pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_rows_with_thresholds_of_their_own_pass_a_branch_in_one_call(
+    family: str, bits: int, make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows: one that enters every branch, one that enters none, and one in between."""
+    model, skipping = stored_and_gated(make_tiny(family, **SIZES), bits)
+    ids = torch.randint(3, 500, (3, 21))
+    means = mean_logits(model, skipping.gates, ids, "project")
+    values = torch.stack((torch.full_like(means, -1e9), means, torch.full_like(means, 1e9)))
+    whole, calls = NativeOperations.add_branch, []
+
+    def passed() -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        weights = torch.arange(1, values.shape[1] + 1).expand(3, -1)  # tell branches apart
+        limits = RowThresholds(values.float(), weights, torch.zeros(3, 21, dtype=torch.long))
+        skipping.usage.clear()
+        cache = skipping.new_cache(3, 32)
+        states = skipping.backend.prefill(ids, cache, [0] * 3, limits)
+        return states, limits.entered, skipping.usage.kept
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(whole(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(NativeOperations, "add_branch", counted)
+    states, entered, kept = passed()
+    assert len(calls) == 8 and all(isinstance(one, torch.Tensor) for one in calls)
+    monkeypatch.setattr(NativeOperations, "add_branch", lambda *_: None)
+    wanted, counts, usage = passed()
+    assert torch.equal(states, wanted.to(states.dtype))
+    assert torch.equal(entered, counts) and kept == usage
+    assert entered[0].tolist() == [36] * 21
+    assert entered[2, ANCHORS:].tolist() == [0] * (21 - ANCHORS)
+    assert 0 < entered[1, ANCHORS:].sum() < 36 * (21 - ANCHORS)
+
+
 @pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
 @pytest.mark.parametrize(
     "family", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3", "smollm3"]
@@ -231,22 +290,9 @@ def test_a_branch_in_one_call_has_the_bits_of_its_parts(
 ) -> None:
     """Norms after branches, windows that come around, layers without positions, shortcuts, padding;
     from slot 0 on and after other tokens."""
-    needed = PrefillUnits.TILE_UNITS if bits == 16 else PrefillUnits.VECTORS
-    if ops.prefill_units() < needed:
-        pytest.skip("torch multiplies prompts here")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
-    model = load_model(make_tiny(family, **sizes), "bfloat16")
-    made = read_text(model, torch.randint(3, 500, (2, 24)))
-    gates = make_gates("scalar", len(find_branches(model)), model.config.hidden_size)
-    gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, 8)
-    for part in (gates.weight, *gates.shortcuts.parameters()):
-        torch.nn.init.normal_(part, std=0.3)
-    gates.shortcuts.settle()
-    stored = model if bits == 16 else integer_copy(model, made, CopyFormat(bits, 32))
-    skipping = SkippingModel(stored, gates, backend="native")
+    model, skipping = stored_and_gated(make_tiny(family, **SIZES), bits)
     first, second = (torch.randint(3, 500, (rows, n)) for n in (21, 50))
-    means = mean_logits(model, gates, second, "project").tolist()
+    means = mean_logits(model, skipping.gates, second, "project").tolist()
     # Of four layers: all enter, some do, all do though gates were asked, and none does
     limits = [-math.inf, -math.inf, *means[2:4], -1e9, -1e9, math.inf, math.inf]
     calls, whole = {"mlp": 0, "attention": 0}, NativeOperations.add_branch

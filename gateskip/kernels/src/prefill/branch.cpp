@@ -46,8 +46,10 @@ class BranchRows {
                   logits.data(), threads);
     for (int64_t r = 0; entry && r < rows; r++) {
       const uint8_t token = entry->tokens[r];
-      if (token == ALWAYS || (token == BY_GATE && (!gated || logits[r] >= entry->threshold))) enter_.push_back(r);
+      const bool enters = token == ALWAYS || (token == BY_GATE && (!gated || logits[r] >= entry->thresholds[r / entry->alike]));
+      if (enters) enter_.push_back(r);
       else if (token != PADDING) skip_.push_back(r);
+      if (entry->entered) entry->entered[r] = enters;
     }
   }
 
