@@ -24,7 +24,7 @@ def kl_by_offset(dense: Path, layers: Mapping[str, tuple[int, int]]) -> dict[str
 
     `layers` are the bits and the size of a group of each layer that is rounded, by name. Each
     weight is rounded by itself, and the text is the first TOKENS tokens of the prompts that the
-    package holds. So the two tell what zero points cost, and not what the model loses that was
+    package holds. So the two compare the formats, and do not say what the model loses that was
     rounded with compensation.
     """
     import torch
@@ -53,8 +53,8 @@ def price_text(price: dict[str, float] | None) -> tuple[str, ...]:
     if price is None:
         return ()
     real, integer = (metric_text("kl", price[offset]) for offset in ("real", "integer"))
-    said = f"KL to the original model {integer}, and {real} with real minima"
-    return (f"integer zero points cost quality: without calibration, {said}",)
+    said = f"{integer} with integer zero points, {real} with real minima"
+    return (f"rounded without calibration, the KL to the original model is {said}",)
 
 
 def _ids(folder: Path) -> Tensor:
