@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gateskip.kernels.gpu.packed import FUSED, INPUTS, OUTPUTS, WARPS, last_input
+from gateskip.kernels.gpu.packed import INPUTS, last_input, launch
 
 
 @triton.jit
@@ -43,25 +43,8 @@ def multiply_kernel(
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, entered: Tensor) -> Tensor:
-    n, k = weight.shape
-    out = x.new_empty(len(x), n)
-    if len(x):
-        with torch.cuda.device_of(x):
-            multiply_kernel[(triton.cdiv(n, OUTPUTS),)](
-                x,
-                weight,
-                bias,
-                entered.view(torch.uint8),
-                out,
-                n,
-                k,
-                ROWS=len(x),
-                OUTPUTS=OUTPUTS,
-                INPUTS=INPUTS,
-                num_warps=WARPS,
-                **FUSED,
-            )
-    return out
+    fixed, (n, k) = {"INPUTS": INPUTS}, weight.shape
+    return launch(multiply_kernel, x, (weight,), bias, entered, (n, k), fixed)
 
 
 multiply_used = torch.library.custom_op(

@@ -11,6 +11,8 @@ atomic addition. With codes along columns, few outputs would leave most of a GPU
 Sizes of tiles were chosen by the compiler's report of registers and spills; no card was available.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -145,28 +147,29 @@ def _multiply(
     """x [rows, in] -> [rows, out] for 1 to FEW_ROWS rows."""
     n, groups = scale.shape
     group = x.shape[1] // groups
-    out = x.new_empty(len(x), n)
+    fixed = {"BITS": bits, "GROUP": group, "MIDDLE": middle, "GROUPS": INPUTS // group}
+    weights = (codes, scale, minimum)
+    return launch(multiply_kernel, x, weights, bias, entered, (n, groups), fixed)
+
+
+def launch(
+    kernel: Any,
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+    entered: Tensor | None,
+    sizes: tuple[int, int],
+    fixed: dict[str, int],
+) -> Tensor:
+    """The product of a kernel, x [rows, in] -> [rows, out]; `sizes` are the number of outputs and
+    the kernel's number of inputs or groups."""
+    out = x.new_empty(len(x), sizes[0])
+    used = None if entered is None else entered.view(torch.uint8)
+    fixed = fixed | {"ROWS": len(x), "OUTPUTS": OUTPUTS}
     if len(x):
         with torch.cuda.device_of(x):
-            multiply_kernel[(triton.cdiv(n, OUTPUTS),)](
-                x,
-                codes,
-                scale,
-                minimum,
-                bias,
-                entered if entered is None else entered.view(torch.uint8),
-                out,
-                n,
-                groups,
-                BITS=bits,
-                GROUP=group,
-                MIDDLE=middle,
-                ROWS=len(x),
-                OUTPUTS=OUTPUTS,
-                GROUPS=INPUTS // group,
-                num_warps=WARPS,
-                **FUSED,
-            )
+            grid = (triton.cdiv(sizes[0], OUTPUTS),)
+            kernel[grid](x, *weights, bias, used, out, *sizes, **fixed, num_warps=WARPS, **FUSED)
     return out
 
 
