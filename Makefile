@@ -69,8 +69,9 @@ test: $(VENV)/.dev
 
 # Engines whose environments are made where they are missing. The larger ones are for peers-test.
 ENGINES ?= compressed-tensors
+# A third process for two cores: slow tests spend a quarter of their time waiting for other processes.
 test-slow: $(VENV)/.dev
-	GATESKIP_BUILD_PEERS=$(ENGINES) $(PYTEST) -m slow $(ARGS)
+	GATESKIP_BUILD_PEERS=$(ENGINES) $(PYTEST) -n 3 -m slow $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

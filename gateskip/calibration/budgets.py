@@ -104,8 +104,11 @@ class CalibratedBudgets:
         raise AssertionError("a budget lies between its neighbours")
 
     def curve(self, count: int) -> tuple[float, float, list[list[float]]]:
-        """The lowest and the highest calibrated budget, and thresholds at `count` budgets in equal
-        steps between them.
+        """The first and the last of `count` budgets in equal steps, and their thresholds.
+
+        They go on below the lowest calibrated budget, as far as that is below 1, by extrapolating
+        the thresholds of the two lowest: text that skips less than calibration's needs them to
+        come to its budget.
 
         Raises:
             ValueError: fewer than two budgets are calibrated.
@@ -116,7 +119,7 @@ class CalibratedBudgets:
                 "per-row budget control needs at least two calibrated budgets, and the gates have"
                 f" {len(budgets)}: make them again with more budgets"
             )
-        low, high, rows = budgets[0], budgets[-1], list[list[float]]()
+        low, high, rows = max(0.0, 2 * budgets[0] - 1), budgets[-1], list[list[float]]()
         for number in range(count):
             budget = low + (high - low) * number / (count - 1)
             above = min(max(1, bisect_left(budgets, budget)), len(budgets) - 1)
@@ -151,7 +154,7 @@ def half_way(low: float, high: float) -> float:
 def interpolate(
     thresholds: Mapping[float, Sequence[float]], low: float, high: float, budget: float
 ) -> list[float]:
-    """Thresholds of a budget between two calibrated ones."""
+    """Thresholds of a budget between two calibrated ones, or below both."""
     part = (budget - low) / (high - low)
     pairs = zip(thresholds[low], thresholds[high], strict=True)
     return [_between(a, b, part) for a, b in pairs]

@@ -340,7 +340,7 @@ class KVCache:
     def span(self, row: int, first: int, count: int) -> Iterator[Tensor]:
         """What a row has of `count` positions from `first` on, of which no layer has overwritten
         any: views of keys [kv_heads, count, D] layer by layer, of values, of both scales [kv_heads,
-        count], and of the drift [count]."""
+        count], and of the drift [count, 2]."""
         part = slice(first, first + count)
         for store in (self.keys, self.values, *self.scales):
             for of_layer in store or ():

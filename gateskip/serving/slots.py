@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-import torch
-
 from gateskip.decoding.config import MAX_DRAFT
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_cache import DraftCache
 from gateskip.decoding.prefill import PIECE, cache_capacity
+from gateskip.runtime.budget_control import DRIFT_BYTES, empty_drift
 from gateskip.runtime.kv_cache import EVEN, KVCache
 from gateskip.runtime.skipping import SkippingModel
 from gateskip.serving.prefix_files import PrefixFiles
@@ -45,8 +44,7 @@ class Slots:
         assert isinstance(cache, KVCache), "rows of other caches cannot be shared"
         self.cache = cache
         if model.gates is not None:  # budget control of any row writes here
-            sizes = (rows, cache.capacity)
-            cache.drift = torch.zeros(sizes, dtype=torch.long, device=model.device)
+            cache.drift = empty_drift(rows, cache.capacity, model.device)
         self._slots = [Slot(number) for number in range(rows)]
         self._released = 0
         self._disk: StoredPrefixes | None = None
@@ -145,7 +143,7 @@ def rows_that_fit(
     """
     if limits.cache_bytes is None:
         return limits.rows
-    tracked = 0 if model.gates is None else 8 * -(-capacity // EVEN) * EVEN
+    tracked = 0 if model.gates is None else DRIFT_BYTES * -(-capacity // EVEN) * EVEN
     each = model.cache_bytes(1, capacity) + tracked
     if draft_model is not None:
         with draft_model.keeping(model.kv_cache):

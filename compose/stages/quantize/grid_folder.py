@@ -55,9 +55,9 @@ def _replaced(job: StageJob, grids: Mapping[str, Stored]) -> Iterator[tuple[str,
 HEADER = 400  # bytes of a packed layer in a file's header and the config, at most
 
 
-def bytes_beside(job: StageJob, packed: set[str], embedding: int | None) -> int:
+def bytes_beside(job: StageJob, packed: set[str], tables: Mapping[str, int]) -> int:
     """Bytes of the folder's files without the grids of the layers `packed`: unchanged tensors, the
-    embedding in its bits, headers, and the tokenizer's files."""
+    `tables` in their bits, headers, and the tokenizer's files."""
     from safetensors import safe_open
 
     from compose.artifacts.folder import COMPANIONS
@@ -69,11 +69,10 @@ def bytes_beside(job: StageJob, packed: set[str], embedding: int | None) -> int:
             for name in file.keys():  # noqa: SIM118
                 shape = file.get_slice(name).get_shape()
                 module = name.removesuffix(".weight")
-                table = len(shape) == 2 and module.endswith(("embed_tokens", "lm_head", "embed_in"))
                 if module in packed:
                     continue
                 plain = 32 if job.dtype == "float32" else 16
-                bits = embedding + 0.5 if embedding and table else plain
+                bits = tables[module] + 0.5 if module in tables else plain
                 total += int(math.prod(shape) * bits / 8) + HEADER
     return total
 

@@ -6,7 +6,7 @@ weights that are not rounded yet (gateskip/rounding/compensate.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -54,6 +54,7 @@ MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, a
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
 TAPPED = 2 * 2048  # bytes for each number of a token that gradients are taken with
 EMBEDDING_ROWS = 8192  # rounded at a time
+TableBits = Literal[4, 6, 8] | None
 NO_OFFSET = 6  # bits, from which on groups have a scale alone
 
 
@@ -131,15 +132,29 @@ class Integers(Stage):
     lower the KL most for each byte get more bits. Layers that `mixed` names keep the bits that
     `mixed` sets."""
 
-    embedding: Literal[4, 6, 8] | None = 8
+    embedding: TableBits = 8
     """Bits per weight of the embedding and of the LM head, in groups of 32 weights that share a
     scale. With `embedding: null`, neither the embedding nor the LM head is quantized."""
+
+    untied_embedding: TableBits = None
+    """Bits per weight of an embedding that the LM head does not share. Such an embedding is only
+    looked up, so it needs fewer bits than the LM head. With `untied_embedding: null`, it gets as
+    many bits as `embedding` says. `untied_embedding` has no effect in models whose LM head shares
+    the embedding's weights (`tie_word_embeddings`)."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_text_nothing_is_compensated(cls, data: Any) -> Any:
         alone = isinstance(data, dict) and data.get("calibrate") is False
         return {"compensate": False, **data} if alone else data
+
+    @model_validator(mode="after")
+    def _tables_together(self) -> Self:
+        if self.embedding is None and self.untied_embedding is not None:
+            raise ValueError(
+                "untied_embedding needs embedding, the bits of the LM head: set embedding: 6 or 8"
+            )
+        return self
 
     @model_validator(mode="after")
     def _text_for_what_needs_it(self) -> Self:
@@ -153,10 +168,12 @@ class Integers(Stage):
         return ("calibration",) if self.calibrate else ()
 
     def identity(self, file_sha256: Mapping[str, str]) -> dict[str, Any]:
-        """As of every stage; `calibrate` is part of it only where it is off, so that keys stay."""
+        """As of every stage; newer settings are part of it only where they change something, so
+        that keys stay."""
         identity = super().identity(file_sha256)
-        if self.calibrate:
-            del identity["params"]["calibrate"]
+        newer = {"calibrate": True, "untied_embedding": None}
+        for name in (name for name, before in newer.items() if getattr(self, name) == before):
+            del identity["params"][name]
         return identity
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
@@ -206,7 +223,17 @@ class Integers(Stage):
         layers = self._in_file(self.bits) + values
         if self.allocate is not None and self.allocate.bits_per_weight is not None:
             layers = self.allocate.bits_per_weight
-        return StoredBits(layers, None if self.embedding is None else self.embedding + 16 / 32)
+        if self.embedding is None:
+            return StoredBits(layers)
+        tables = self.table_bits(shape.tie_embeddings)
+        return StoredBits(layers, sum(tables) / len(tables) + 16 / 32)
+
+    def table_bits(self, tied: bool) -> list[int]:
+        """Bits of the table of a tied model, or of the embedding and of the LM head."""
+        assert self.embedding is not None, "the tables are packed"
+        return (
+            [self.embedding] if tied else [self.untied_embedding or self.embedding, self.embedding]
+        )
 
     def _in_file(self, bits: int) -> float:
         """Bits of a weight, with its share of the group's scale and offset."""
@@ -236,7 +263,8 @@ class Integers(Stage):
         from gateskip.rounding.allocation import distribution, mean_kl
 
         blocks = self._blocks(job)
-        grids = self._embedding(job)  # first: a refusal comes before minutes of work
+        tables = self._tables(job)  # first: a refusal comes before minutes of work
+        grids = {n: self._stored(_rounded_rows(job, n, bits)) for n, bits in tables.items()}
         whole = self.allocate is not None  # which measures the rounded model
         model = load_model(job.source, "float32" if whole else stored_dtype(job.source))
         if job.device != "cpu":
@@ -255,7 +283,8 @@ class Integers(Stage):
         if dense is not None:
             record["allocation"]["kl"] = _short(mean_kl(dense, distribution(model, measured)))
         del model
-        write_grids(job, grids, self._quantization(job, {name: how[name] for name in errors}))
+        packed = {name: how[name] for name in errors}
+        write_grids(job, grids, self._quantization(job, packed, list(tables.values())))
         carry_gates(job)
         return record | {"layer_errors": errors}
 
@@ -381,12 +410,12 @@ class Integers(Stage):
             weights = sum(layers[name].weight.numel() for name in free)
             return int(self.allocate.bits_per_weight * weights / 8)
         assert self.allocate.size_mb is not None, "one of the two is given"
-        beside = bytes_beside(job, set(how), self.embedding)
+        beside = bytes_beside(job, set(how), self._tables(job))
         beside += sum(grid_bytes(layers[name], how[name]) for name in fixed)
         return int(self.allocate.size_mb * 1e6) - beside
 
-    def _embedding(self, job: StageJob) -> dict[str, Stored]:
-        """The grid of the embedding, and of an LM head with its own weights, by name."""
+    def _tables(self, job: StageJob) -> dict[str, int]:
+        """Bits of the embedding, and of an LM head with its own weights, by name."""
         if self.embedding is None:
             return {}
         import torch
@@ -398,7 +427,8 @@ class Integers(Stage):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.source))
         names = {module: name for name, module in model.named_modules()}
         tables = [names[model.get_input_embeddings()]]
-        if not model.config.get_text_config().tie_word_embeddings:
+        tied = model.config.get_text_config().tie_word_embeddings
+        if not tied:
             tables.append(names[model.get_output_embeddings()])
         stored = tensor_files(job.source)
         for name in tables:
@@ -407,10 +437,12 @@ class Integers(Stage):
                     f"{name} has another name in this model's files, so that it cannot be packed",
                     fix="set embedding: null",
                 )
-        return {name: self._stored(_rounded_rows(job, name, self.embedding)) for name in tables}
+        return dict(zip(tables, self.table_bits(tied), strict=True))
 
-    def _quantization(self, job: StageJob, how: dict[str, Rounding]) -> dict[str, Any]:
-        """The folder's `quantization_config`."""
+    def _quantization(
+        self, job: StageJob, how: dict[str, Rounding], tables: Sequence[int]
+    ) -> dict[str, Any]:
+        """The folder's `quantization_config`; `tables` are the bits of the packed tables."""
         linears, head = linear_names(job)
         layers = {
             name: {"bits": rounding.bits, "group_size": rounding.group}
@@ -424,7 +456,8 @@ class Integers(Stage):
             "offset": self.grid_offset(min(self.bits, 4)),
             "layers": layers,
             "unpacked": [name for name in linears if name not in how and name not in head],
-            "embedding": {"bits": self.embedding, "group_size": 32} if self.embedding else None,
+            "embedding": {"bits": tables[0], "group_size": 32} if tables else None,
+            **({"head": {"bits": tables[-1], "group_size": 32}} if len(set(tables)) > 1 else {}),
         }
 
 
@@ -447,7 +480,7 @@ class Int6(Integers):
     use: Literal["int6"] = "int6"
     """The stage's name."""
 
-    embedding: Literal[4, 6, 8] | None = 6
+    embedding: TableBits = 6
     """Bits per weight of the embedding and of the LM head, in groups of 32 weights that share a
     scale. With `embedding: null`, neither the embedding nor the LM head is quantized."""
 
@@ -500,9 +533,11 @@ class WithOffset(Integers):
         """The same sizes, packed."""
         return replace(shape, quantized="gptq" if self.offset == "integer" else GRID_METHOD)
 
-    def _quantization(self, job: StageJob, how: dict[str, Rounding]) -> dict[str, Any]:
+    def _quantization(
+        self, job: StageJob, how: dict[str, Rounding], tables: Sequence[int]
+    ) -> dict[str, Any]:
         if self.offset == "real":
-            return super()._quantization(job, how)
+            return super()._quantization(job, how, tables)
         return gptq_config(self.bits, self.group_size)
 
     def _stored(self, grid: Grid) -> Stored:

@@ -202,6 +202,22 @@ def test_embedding_and_head_are_packed_in_the_file(
     torch.testing.assert_close(model.get_input_embeddings()(ids).float()[0], table[ids[0]])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_is_only_looked_up_may_have_fewer_bits(
+    tied: bool, round_it: Callable[..., Made], make_tiny: Callable[..., Path]
+) -> None:
+    source = make_tiny("llama", tie_word_embeddings=tied)
+    folder, _ = round_it(source, use="int4", embedding=8, untied_embedding=4)
+    model = load_model(folder)
+    assert model.get_input_embeddings().bits == (8 if tied else 4)
+    head = model.get_output_embeddings()
+    assert isinstance(head, SharedHead) if tied else head.bits == 8
+    native = gateskip.load(folder, backend="native", rounded=False)
+    reference = gateskip.load(folder, backend="reference")
+    prompt = probe_ids(folder)[0].tolist()
+    assert native.generate([prompt], 12).tokens == reference.generate([prompt], 12).tokens
+
+
 def test_bits_differ_by_layer(round_it: Callable[..., Made]) -> None:
     folder, _ = round_it(use="int4", mixed={"down_proj": 8}, skip=("v_proj",))
     layers = grids_of(load_model(folder))
@@ -323,9 +339,12 @@ def test_gates_go_along(round_it: Callable[..., Made]) -> None:
         ({"offset": "integer", "embedding": 8}, "embedding: null"),
         ({"offset": "integer", "mixed": {"down_proj": 8}}, "offset: real"),
         ({"offset": "integer", "values": 8}, "leave mixed and values out"),
+        ({"embedding": None, "untied_embedding": 4}, "set embedding: 6 or 8"),
     ],
 )
-def test_what_gptq_cannot_hold_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValidationError, match=message):
         Int4.model_validate({"use": "int4", **settings})
 
@@ -347,31 +366,35 @@ def test_groups_divide() -> None:
         Gate(use="gate").check(shape, (Int4(use="int4"),))
 
 
-@pytest.mark.parametrize("by", ["gradients", "measured"])
+@pytest.mark.parametrize(("by", "tied"), [("gradients", True), ("measured", False)])
 def test_bits_are_shared_out_under_a_size(
-    by: str, round_it: Callable[..., Made], make_tiny: Callable[..., Path]
+    by: str, tied: bool, round_it: Callable[..., Made], make_tiny: Callable[..., Path]
 ) -> None:
-    source = make_tiny("llama", num_hidden_layers=3)
+    source = make_tiny("llama", num_hidden_layers=3, tie_word_embeddings=tied)
+    made = {use: round_it(source, use=use, untied_embedding=4)[0] for use in ("int2", "int8")}
     sizes = {
-        use: sum(f.stat().st_size for f in round_it(source, use=use)[0].iterdir() if f.is_file())
-        for use in ("int2", "int8")
+        use: sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+        for use, folder in made.items()
     }
     limit = (sizes["int2"] + sizes["int8"]) / 2
     folder, record = round_it(
         source,
         use="int4",
         compensate=False,
+        untied_embedding=4,
         allocate={"size_mb": limit / 1e6, "among": [2, 4, 8], "by": by},
     )
     taken = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
     assert 0.85 * limit < taken <= limit
     layers = grids_of(load_model(folder))
-    assert {name: layer.bits for name, layer in layers.items()} == record["layer_bits"]
+    found = {name: layer.bits for name, layer in layers.items() if name != "lm_head"}
+    assert found == record["layer_bits"]
     assert len(set(record["layer_bits"].values())) > 1
-    found = record["allocation"]
-    assert found["by"] == by
-    assert found["sensitivities"].keys() == record["layer_bits"].keys(), "values are not set apart"
-    assert found["predicted_kl"] / 2 < found["kl"] < 2 * found["predicted_kl"]
+    allocation = record["allocation"]
+    assert allocation["by"] == by
+    measured = allocation["sensitivities"].keys()
+    assert measured == record["layer_bits"].keys(), "values are not set apart"
+    assert allocation["predicted_kl"] / 2 < allocation["kl"] < 2 * allocation["predicted_kl"]
 
 
 def test_values_that_are_asked_for_stand_above_bits_by_need(round_it: Callable[..., Made]) -> None:

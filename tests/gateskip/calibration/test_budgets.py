@@ -42,6 +42,14 @@ def test_between_two_that_are_near() -> None:
     assert two().kept_at(0.73) == pytest.approx(0.73), "older folders measured nothing in between"
 
 
+def test_a_curve_goes_on_below_the_lowest() -> None:
+    low, high, rows = two().curve(9)
+    assert (low, high) == (pytest.approx(0.4), 0.8)
+    assert [row[0] for row in rows] == pytest.approx([8 - n for n in range(9)])
+    assert {row[1] for row in rows} == {NEVER}
+    assert CalibratedBudgets({0.4: [2.0], 0.8: [0.0]}).curve(3)[0] == 0
+
+
 def test_what_would_keep_something_else_is_refused() -> None:
     """With `budgets: [0.8]`, 0.9 skipped what 0.8 skips, without a word."""
     with pytest.raises(

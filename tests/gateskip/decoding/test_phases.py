@@ -256,6 +256,19 @@ def test_a_held_budget_is_kept(decoder: Decoder, made: Any) -> None:
     assert abs(kept[1] - 0.7) < 0.02 < abs(kept[0] - 0.7)
 
 
+@pytest.mark.parametrize("offset", [-0.3, 0.25])
+def test_a_short_text_comes_to_its_budget(decoder: Decoder, made: Any, offset: float) -> None:
+    """Within 96 tokens, though thresholds keep too much, or too little, in each block."""
+    grid = {b: [t + offset for t in row] for b, row in made[2].items()}
+    off, skipping = Decoder(decoder.skipping, None, grid), decoder.skipping
+    limits, kept = off.phases(0.7, hold=True).text, []
+    for seed in range(6):
+        skipping.usage.clear()
+        skipping.forward(torch.tensor([ids(96, seed)]), skipping.new_cache(1, 96), [0], limits)
+        kept.append(off.kept_of(skipping.usage))
+    assert abs(sum(kept) / len(kept) - 0.7) < 0.02
+
+
 def test_full_compute_makes_up_for_thresholds_that_keep_too_little(
     decoder: Decoder, made: Any
 ) -> None:
