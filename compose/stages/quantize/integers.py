@@ -184,6 +184,10 @@ class Integers(Stage):
         """Bits of value projections, where neither `mixed` nor `allocate` sets them."""
         return self.bits
 
+    def sets_value_bits(self) -> bool:
+        """Whether value projections have a number of bits that `allocate` does not change."""
+        return False
+
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, and `group-divides`: whole groups in every layer."""
         super().check(shape, before)
@@ -346,7 +350,7 @@ class Integers(Stage):
 
         assert self.allocate is not None, "the caller asked"
         fixed = {n for end in self.mixed for n in matching([end], list(how), "mixed")}
-        if "values" in self.model_fields_set:
+        if self.sets_value_bits():
             fixed |= set(value_projections(how))
         options = [self._rounding(bits) for bits in sorted(self.allocate.among)]
         free = {name: options for name in how if name not in fixed}
@@ -500,9 +504,9 @@ class WithOffset(Integers):
     values: Bits | None = 8
     """Bits per weight of the value projections (`v_proj`), which are 3 % of SmolLM2's weights and
     cause a quarter of the KL at 4 bits. With `values: null`, the value projections get the same
-    number of bits as the other layers. If `allocate` is given and `values` is not, `allocate` also
-    chooses the bits of the value projections. For layers that `mixed` or `skip` names, `values` has
-    no effect. `values` has no effect in models that fuse queries, keys and values into one layer
+    number of bits as the other layers, or those that `allocate` chooses. If `allocate` is given and
+    `values` is not, `values` is null. For layers that `mixed` or `skip` names, `values` has no
+    effect. `values` has no effect in models that fuse queries, keys and values into one layer
     (phi3, gpt_neox)."""
 
     @model_validator(mode="after")
@@ -524,6 +528,17 @@ class WithOffset(Integers):
     def value_bits(self) -> Bits:
         """As set; when left out, the default of the stage."""
         return self.values or self.bits
+
+    def sets_value_bits(self) -> bool:
+        """As set."""
+        return self.values is not None
+
+    def identity(self, file_sha256: Mapping[str, str]) -> dict[str, Any]:
+        """Steps of earlier versions, whose value projections `allocate` left out, are made anew."""
+        identity = super().identity(file_sha256)
+        if self.allocate is not None and self.values is None:
+            identity["params"]["values"] = "allocated"
+        return identity
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
         """As set; 6 bits and more need none."""

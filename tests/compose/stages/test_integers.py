@@ -43,7 +43,9 @@ def round_it(
         target.mkdir()
         train = spec.model_copy(update={"limit": 40})
         job = make_job(source, target, dtype=dtype, train=train, calibration=spec, dense=tiny_llama)
-        record = STAGES[parameters["use"]].model_validate(parameters).run(job)
+        stage = STAGES[parameters["use"]].model_validate(parameters)
+        told = json.loads(json.dumps(stage.model_dump(mode="json")))  # as a worker is
+        record = STAGES[parameters["use"]].model_validate(told).run(job)
         copy_companions(source, job.target)
         return job.target, record
 
