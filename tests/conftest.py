@@ -21,8 +21,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Before anything imports torch or the hub's client: both read these once.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Before anything imports torch or the hub's client: both read these once. Files that run side by
+# side share the cores, and so do processes that tests start: where threads wait for each other on
+# cores that others use, a stage takes ten times as long.
+os.environ["OMP_NUM_THREADS"] = (
+    str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else os.environ.get("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,12 +38,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 from hypothesis import settings
 from tiny_models import save_tiny
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # files run side by side: each has its share of the cores
-    import torch
-
-    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    torch.set_num_threads(max(1, share))
 
 ROOT = Path(__file__).resolve().parents[1]
 

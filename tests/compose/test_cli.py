@@ -620,7 +620,9 @@ def test_doctor_shows_why_there_are_no_compiled_kernels() -> None:
     assert "GPTQ weights run on the CPU" in str(_accelerator({"gpu": "A card"}).fix)
 
 
+@pytest.mark.slow
 def test_doctor_looks_at_this_machine() -> None:
+    """Its worker imports gptqmodel and bitsandbytes, in a quarter of a minute."""
     code, out, err = call("doctor")
     for name in ("python", "threads", "memory", "disk", "compiler", "torch", "GPU", "cache"):
         assert name in out

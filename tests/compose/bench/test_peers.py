@@ -284,6 +284,7 @@ def test_transformers_continues_as_a_plain_loop(
     assert run["first_tokens"] == 2, "one a row"
 
 
+@pytest.mark.slow
 def test_transformers_with_look_up_continues_as_a_plain_loop(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

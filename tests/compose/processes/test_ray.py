@@ -272,19 +272,30 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_worker_niceness", "0")  # by default other tests take most of the time
     # A head that went stays away.
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+    made = start_cluster()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def start_cluster(attempts: int = 3) -> Any:
+    """The head and two nodes. Ray gives a node 30 s to start, which a busy machine exceeds."""
     from ray.cluster_utils import Cluster
 
     sizes = {"object_store_memory": 80_000_000, "memory": 4_000_000_000}
     marked: dict[str, Any] = {"resources": {SPEED: 1}}
-    made = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes}
-    )
+    made = Cluster()
     try:
+        made.add_node(num_cpus=0, include_dashboard=False, **sizes)
         made.workers = [made.add_node(num_cpus=1, **sizes, **more) for more in ({}, marked)]
         made.wait_for_nodes()
-        yield made
-    finally:
+    except Exception as error:
         made.shutdown()
+        if attempts == 1 or "timed out during startup" not in str(error):
+            raise
+        return start_cluster(attempts - 1)
+    return made
 
 
 @pytest.fixture(scope="module")
