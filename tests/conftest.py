@@ -23,7 +23,7 @@ from typing import Any
 
 # Before anything imports torch or the hub's client: both read these once. Files that run side by
 # side share the cores, and so do processes that tests start: where threads wait for each other on
-# cores that others use, a stage takes ten times as long.
+# cores that others use, a stage took nine times as long.
 os.environ["OMP_NUM_THREADS"] = (
     str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     if "PYTEST_XDIST_WORKER" in os.environ
