@@ -86,7 +86,7 @@ class Size(Record):
     """Bytes on disk and in memory."""
 
     disk_bytes: int | None = None
-    """Weight files of the artifact."""
+    """Weights of the artifact, without its tokenizer."""
 
     resident_bytes: int | None = None
     """What the loaded model occupies, with all that drafts for it and what the engine made of its

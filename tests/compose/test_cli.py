@@ -479,6 +479,7 @@ def silent(*arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_importing_prints_nothing() -> None:
     assert silent("-c", "import gateskip") == ""
     whole = "import gateskip; gateskip.load; import gateskip.quantization.hf_quantizer"

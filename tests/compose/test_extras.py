@@ -65,6 +65,7 @@ def gated(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_core_decodes_alone(gated: Path, tmp_path: Path) -> None:
     done = _python(str(HELPERS / "core_alone.py"), str(gated), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,6 +74,7 @@ def test_the_core_decodes_alone(gated: Path, tmp_path: Path) -> None:
     assert not hidden & {"torch", "transformers", "safetensors", "tokenizers", "numpy", "regex"}
 
 
+@pytest.mark.slow
 def test_packed_weights_name_the_extra(tiny_llama: Path, tmp_path: Path) -> None:
     for method in ("bitsandbytes", "gptq"):
         shutil.copytree(tiny_llama, tmp_path / method)

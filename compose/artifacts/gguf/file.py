@@ -122,6 +122,11 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors, without metadata, in which the vocabulary is."""
+        return sum(tensor.rows * tensor.row_bytes for tensor in self.tensors.values())
+
     def floats(self, name: str) -> list[float]:
         """The values of a small tensor in float32."""
         tensor = self.tensors[name]

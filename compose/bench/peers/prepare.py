@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.artifacts.folder import dtype_of, hash_folder, require_model
+from compose.artifacts.gguf.file import open_gguf
 from compose.artifacts.gguf.write import packed_by, write_gguf
 from compose.artifacts.packed_folder import METHODS
 from compose.assets.fetch import build_once
@@ -172,9 +173,10 @@ def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progr
 
 
 def _disk_bytes(model: Path) -> int:
-    """Bytes of the files that hold weights and graph."""
+    """Bytes of weights and graph. The vocabulary is not counted: only a GGUF file holds one beside
+    its weights."""
     if model.is_file():
-        return model.stat().st_size
+        return open_gguf(model).weight_bytes
     endings = (".safetensors", ".bin", ".xml", ".onnx", ".onnx.data", ".data")
     files = (file for file in model.iterdir() if file.is_file())
     graph = (file for file in files if file.name.endswith(endings))

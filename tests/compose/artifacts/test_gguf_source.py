@@ -145,6 +145,15 @@ def test_rows_that_rotate_come_back() -> None:
         assert (paired(name, data, config) != data).any()
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q4_1"])
+def test_the_vocabulary_is_not_in_the_size_of_the_weights(
+    kind: str, file_of: Callable[..., Path]
+) -> None:
+    path = file_of("qwen2", kind)
+    weights = sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors)
+    assert 0 < open_gguf(path).weight_bytes == weights < path.stat().st_size
+
+
 def test_weights_of_several_files(tmp_path: Path) -> None:
     tensors = {f"w{number}": torch.full((8, 8), float(number)) for number in range(5)}
     save_shards(tmp_path, tensors.items(), most=600)
@@ -242,6 +251,7 @@ def test_a_file_in_a_pipeline_is_bfloat16(file_of: Callable[..., Path], tmp_path
         assert load_plan(path, tmp_path / "cache").pipeline.model.dtype == dtype
 
 
+@pytest.mark.slow
 def test_folders_of_a_command_line(file_of: Callable[..., Path], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (folder,) = as_folders([file_of("qwen2")], cache)

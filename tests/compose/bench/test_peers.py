@@ -276,6 +276,7 @@ def continued(peer: PeerProcess, wanted: Sequence[Sequence[int]]) -> dict[str, A
     return run
 
 
+@pytest.mark.slow
 def test_transformers_continues_as_a_plain_loop(
     transformers_peer: PeerProcess, tiny_llama: Path
 ) -> None:
@@ -430,7 +431,8 @@ def test_a_gguf_file_by_its_path(
 ) -> None:
     file = ready("llama.cpp:q8_0", tiny_llama).model
     named = ready(f"llama.cpp:{file}", tiny_llama)
-    assert named.model == file and named.disk_bytes == file.stat().st_size
+    assert named.model == file
+    assert 0 < named.disk_bytes < file.stat().st_size, "which holds the vocabulary too"
     with pytest.raises(UserError, match="there is no file"):
         ready("llama.cpp:missing.gguf", tiny_llama)
 

@@ -383,6 +383,7 @@ def _is_measured_elsewhere_where_the_cluster_goes(
 # --- Replicas on this cluster ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_settings_of_replicas_are_read_from_text(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ def test_bytes_that_are_no_http(tiny_llama: Path) -> None:
 # --- the process ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_lets_answers_end(endless: Path) -> None:
     with started(endless, "--name", "endless") as (process, url, log):
         stream = Stream(url, max_tokens=600)

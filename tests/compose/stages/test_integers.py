@@ -414,6 +414,7 @@ def test_a_size_that_cannot_be_met_is_refused(round_it: Callable[..., Made]) -> 
         Int4.model_validate({"use": "int4", "allocate": {}})
 
 
+@pytest.mark.slow
 def test_transformers_alone_loads_what_carries_its_code(
     round_it: Callable[..., Made], tmp_path: Path
 ) -> None:

@@ -130,7 +130,7 @@ def test_frozen_gates_leave_the_weights_alone(run: Callable[..., Path], tiny_lla
     ).read_bytes()
 
 
-@pytest.mark.parametrize("quantizer", ["nf4", "gptq4"])
+@pytest.mark.parametrize("quantizer", ["nf4", pytest.param("gptq4", marks=pytest.mark.slow)])
 def test_gates_on_packed_weights_and_packed_after_gates(
     quantizer: str, run: Callable[..., Path]
 ) -> None:
