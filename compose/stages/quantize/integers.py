@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their inverse
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
-TAPPED = 2 * 2048  # bytes for each number of a token that gradients are taken with
+GRADIENTS_OF = 2048  # tokens whose gradients are taken; logits exist for 256 at a time
 EMBEDDING_ROWS = 8192  # rounded at a time
 TableBits = Literal[4, 6, 8] | None
 NO_OFFSET = 6  # bits, from which on groups have a scale alone
@@ -79,8 +79,9 @@ class Allocate(BaseModel):
     by: Literal["measured", "gradients"] = "measured"
     """How the loss of quality (KL) of each number of bits is determined for each layer: measured
     with one pass for each choice (`measured`), or estimated from gradients on 2048 calibration
-    tokens (`gradients`). `by: gradients` takes about a tenth of the time of `by: measured` and is
-    less exact. The KL of the final choice of bits is always measured."""
+    tokens (`gradients`). `by: gradients` takes about a tenth of the time of `by: measured`, holds
+    no model in float32, and is less exact. `by: measured` also measures the KL of the final choice
+    of bits."""
 
     blocks: int = Field(default=2, ge=1)
     """Number of blocks of calibration text on which KL is measured."""
@@ -174,7 +175,13 @@ class Integers(Stage):
         newer = {"calibrate": True, "untied_embedding": None}
         for name in (name for name, before in newer.items() if getattr(self, name) == before):
             del identity["params"][name]
+        if self.allocate is not None and not self._measures_kl():
+            identity["gradients"] = "layer by layer"
         return identity
+
+    def _measures_kl(self) -> bool:
+        """Whether the whole model runs, rounded and unrounded: it is held in float32 for that."""
+        return self.allocate is not None and self.allocate.by == "measured"
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
         """Kind of offset that groups of that many bits have beside their scale."""
@@ -245,20 +252,28 @@ class Integers(Stage):
         return bits + beside / self.group_size
 
     def held(self) -> float:
-        """The mapped file, and the layers rounded so far; `allocate` holds the model in float32."""
+        """The mapped file, and the layers rounded so far; or the model in float32."""
         rounded = self._in_file(max(self.bits, 4)) / 8  # values and the embedding keep more bits
-        return 8.0 if self.allocate else AS_STORED + rounded
+        return 8.0 if self._measures_kl() else AS_STORED + rounded
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """The embedding in float32, or a layer with the widest second moments; `allocate` holds
-        inputs and gradients of all layers for some tokens."""
-        gradients = self.allocate is not None and self.allocate.by == "gradients"
+        """The embedding in float32, or a layer with the widest second moments."""
         table = 4.0 * shape.vocab_size * shape.hidden_size
         inner, outer = shape.intermediate_size, shape.hidden_size
         up = MOMENTS * outer**2 + WORKED * 2 * inner * outer
         down = MOMENTS * inner**2 + WORKED * inner * outer
         layer = 4.0 * shape.layer_weights + max(up, down)
-        return max(table, layer) + (TAPPED * shape.tapped if gradients else 0)
+        return max(table, layer, self._gradients(shape))
+
+    def _gradients(self, shape: ModelShape) -> float:
+        """Bytes for gradients in float32: the inputs of all layers; with them what one layer reads
+        and writes, or the LM head and logits."""
+        if self.allocate is None or self._measures_kl():
+            return 0.0
+        entered = GRADIENTS_OF * shape.num_layers * shape.hidden_size
+        layer = 3 * GRADIENTS_OF * shape.tapped / shape.num_layers
+        logits = shape.vocab_size * (shape.hidden_size + 4 * 256)
+        return 4.0 * (entered + max(layer, logits))
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Round layer after layer, and save the folder."""
@@ -269,16 +284,15 @@ class Integers(Stage):
         blocks = self._blocks(job)
         tables = self._tables(job)  # first: a refusal comes before minutes of work
         grids = {n: self._stored(_rounded_rows(job, n, bits)) for n, bits in tables.items()}
-        whole = self.allocate is not None  # which measures the rounded model
+        whole = self._measures_kl()
         model = load_model(job.source, "float32" if whole else stored_dtype(job.source))
-        if job.device != "cpu":
-            model, blocks = model.to(job.device), blocks.to(job.device)
+        model, blocks = model.to(job.device), blocks.to(job.device)
         how, measured = self._settings(job), blocks[:0]
         record: dict[str, Any] = {"bits": self.bits, "blocks": len(blocks)}
         if self.allocate is not None:
             record["allocation"], how = self._allocated(job, model, blocks, how)
             record["layer_bits"] = {name: rounding.bits for name, rounding in how.items()}
-            measured = blocks[: self.allocate.blocks]
+            measured = blocks[: self.allocate.blocks if whole else 0]
         dense = distribution(model, measured) if len(measured) else None
         errors = {}
         for name, rounded in self._round(job, model, blocks, how.get, let_go=not whole):
@@ -383,6 +397,7 @@ class Integers(Stage):
         self, job: StageJob, model: Any, blocks: Tensor, options: dict[str, list[Rounding]]
     ) -> Costs:
         """The KL cost of each layer's options."""
+        from compose.artifacts.packed_folder import load_as_stored
         from gateskip.rounding.allocation import measure_costs
         from gateskip.rounding.sensitivity import estimate_costs
 
@@ -395,7 +410,8 @@ class Integers(Stage):
             job.progress(done, total, "measuring the cost of bits")
 
         if self.allocate.by == "gradients":
-            return estimate_costs(model, blocks, of, job.seed, progress)
+            same = load_as_stored(job.source).to(job.device)
+            return estimate_costs(same, blocks, of, job.seed, progress)
         file = job.work / "costs.json"
         known = {
             name: {int(bits): cost for bits, cost in costs.items()}

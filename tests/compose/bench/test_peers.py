@@ -294,6 +294,7 @@ def test_transformers_with_look_up_continues_as_a_plain_loop(
         continued(peer, [greedy(model, row, 12) for row in PROMPTS])
 
 
+@pytest.mark.slow
 def test_rows_of_unequal_length(transformers_peer: PeerProcess, tiny_llama: Path) -> None:
     rows = [PROMPTS[0], PROMPTS[1][:3]]
     model = reference(tiny_llama)

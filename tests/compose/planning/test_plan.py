@@ -442,7 +442,10 @@ def test_memory_is_estimated_where_sizes_are_known() -> None:
     assert DropLayers(count=1).memory(shape) < PruneWidth(ratio=0.2).memory(shape)
     full, updates = Heal().memory(shape), Heal(backbone="lora").memory(shape)
     assert full - updates == 14 * shape.weights, "updates learn beside mapped files"
-    rounded, by_need = (
-        Int4(allocate=allocate).memory(shape) for allocate in (None, Allocate(size_mb=90))
+    gradients = Allocate(size_mb=90, by="gradients")
+    rounded, measured, estimated = (
+        Int4(allocate=allocate).memory(shape)
+        for allocate in (None, Allocate(size_mb=90), gradients)
     )
-    assert by_need - rounded > 5 * shape.weights, "bits by need hold the model in float32"
+    assert measured - rounded > 5 * shape.weights, "bits by need hold the model in float32"
+    assert 0 < estimated - rounded < 4 * shape.weights, "but not those that gradients choose"
