@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a gate of 576
 SHORTCUT_BLOCKS = 64
-SENSITIVITY_BLOCKS = 4
 SENSITIVITY_BLOCKS = 8  # each takes a pass over half of the model for every branch
 VALIDATION_BLOCKS = 2
 SUMS = 2  # products of a branch's inputs with each other, and with its outputs
