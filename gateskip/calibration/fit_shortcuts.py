@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gateskip.gates.shortcuts import Shortcuts
+from gateskip.kernels.autotune import fast_products
 from gateskip.model.families import Branch, device_of, embed, find_branches
 from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
@@ -35,12 +36,14 @@ def fit_shortcuts(model: Any, blocks: Tensor, rank: int | Sequence[int]) -> Shor
         sums = {index: _Sums(width, device_of(model)) for index in (first, first + 1)}
 
         def observe(branch: Branch, x: Tensor, output: Tensor, sums: Any = sums) -> None:
-            sums[branch.index].add(*(p[:, ANCHORS:].flatten(0, 1).float() for p in (x, output)))
+            with torch.autocast(x.device.type, enabled=False):  # only the model's products are fast
+                sums[branch.index].add(*(p[:, ANCHORS:].flatten(0, 1).float() for p in (x, output)))
 
         for place, (part, states) in enumerate(zip(parts, hidden, strict=True)):
-            hidden[place] = masked_forward(
-                model, part, observe=observe, start=(first, states), stop=first + 2
-            )
+            with fast_products(states.device.type):
+                hidden[place] = masked_forward(
+                    model, part, observe=observe, start=(first, states), stop=first + 2
+                )
         for index, branch_sums in sums.items():
             fitted = branch_sums.solve(shortcuts.ranks[index])
             for stored, part in zip(shortcuts.of(index), fitted, strict=True):

@@ -25,8 +25,9 @@ from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.settings import PromptOrder
 from gateskip.calibration.thresholds import calibrate_everywhere, mean_logits
 from gateskip.gates.base import Gates
+from gateskip.kernels.autotune import fast_products
 from gateskip.model.compute import saved_by_skipping
-from gateskip.model.families import Branch, embed, find_branches, head
+from gateskip.model.families import Branch, device_of, embed, find_branches, head
 from gateskip.model.gating import ANCHORS
 from gateskip.model.progress import Progress
 from gateskip.model.reference import masked_forward
@@ -75,7 +76,8 @@ def prompt_sensitivity(
     total, count = torch.zeros(gates.branches), 0
     for done, block in enumerate(blocks.split(1)):
         cut = draw_cut(block.shape[1], generator)
-        total += _summed_kl(model, gates, block, cut, kv_rule)
+        with fast_products(device_of(model).type):
+            total += _summed_kl(model, gates, block, cut, kv_rule)
         count += block.shape[1] - cut
         if progress is not None:
             progress(done + 1, len(blocks), "measuring prompt sensitivity")

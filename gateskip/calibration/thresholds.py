@@ -25,6 +25,7 @@ from gateskip.calibration.budgets import (
 )
 from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation
 from gateskip.gates.base import Gates
+from gateskip.kernels.autotune import fast_products
 from gateskip.model.compute import branch_costs
 from gateskip.model.families import Branch, device_of
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
@@ -187,7 +188,8 @@ def _collect(
     for sample in samples:
         for part, mask in zip(sample.ids.split(batch), sample.counted.split(batch), strict=True):
             counted = mask[:, ANCHORS:].flatten().to(thresholds.device)
-            masked_forward(model, part, gates, rule, kv_rule)
+            with fast_products(thresholds.device.type):
+                masked_forward(model, part, gates, rule, kv_rule)
     return torch.stack([torch.cat(parts) for parts in logits])
 
 

@@ -22,6 +22,7 @@ from gateskip.calibration.fit_shortcuts import ridge_solution
 from gateskip.gates.base import Gates
 from gateskip.gates.learned import ScalarGates
 from gateskip.gates.shortcuts import Shortcuts
+from gateskip.kernels.autotune import fast_products
 from gateskip.model.compute import branch_costs
 from gateskip.model.families import Branch, device_of, find_branches, head
 from gateskip.model.progress import Progress
@@ -118,7 +119,7 @@ def measure(
         inputs.append(x[0].float())
         norms.append((output - instead)[0].float().norm(dim=-1))
 
-    with torch.enable_grad(), frozen(model):
+    with torch.enable_grad(), frozen(model), fast_products(device_of(model).type):
         hidden = masked_forward(
             model, block, every, rule, kv_rule, observe, checkpointing=checkpointing
         )
