@@ -34,6 +34,7 @@ from gateskip.quantization.as_stored import heads_in_float32
 
 SHORTEST, LONGEST = 0.25, 0.875  # of a block: its prompt
 SURE = 0.02  # share of tokens for which no gate is evaluated: whole branches are faster
+AT_ONCE = 8  # branches whose skips are measured in one batch; layers have two
 MIN_SENSITIVITY = 1e-6  # nats: smaller ones count as this
 APART = 100.0  # between the mean logits of two branches, more than tokens of one branch differ
 
@@ -101,32 +102,34 @@ def _summed_kl(model: Any, gates: Gates, block: Tensor, cut: int, kv_rule: str) 
     def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
         outputs.append(output)
 
-    dense = _log_probs(model, masked_forward(model, block, observe=observe), cut)
+    dense = _log_probs(model, masked_forward(model, block, observe=observe)[0], cut)
     arriving = [embed(model, block.to(dense.device))]  # the residual stream before each branch
     for output in outputs:
         arriving.append(arriving[-1] + output)
     below = 2 if kv_rule == "copy" else 0  # whose keys and values a skipping token shows
     divergences = []
-    for skipped in branches:
+    for first in range(0, len(branches), AT_ONCE):
+        rows = len(branches[first : first + AT_ONCE])  # each skips another branch
 
-        def rule(branch: Branch, z: Tensor, skipped: Branch = skipped) -> Tensor:
+        def rule(branch: Branch, z: Tensor, first: int = first) -> Tensor:
             mask = torch.ones_like(z)
-            if branch.index == skipped.index:
-                mask[:, ANCHORS:cut] = 0
+            if 0 <= branch.index - first < len(mask):
+                mask[branch.index - first, ANCHORS:cut] = 0
             return mask
 
-        first = max(0, skipped.index // 2 * 2 - below)
-        start = (first, arriving[first])
-        hidden = masked_forward(model, block, gates, rule, kv_rule, start=start)
-        log_probs = _log_probs(model, hidden, cut)
-        kl = F.kl_div(log_probs, dense, log_target=True, reduction="sum")
-        divergences.append(kl.cpu())
+        begin = max(0, first - below)
+        start = (begin, arriving[begin].expand(rows, -1, -1))
+        hidden = masked_forward(model, block.expand(rows, -1), gates, rule, kv_rule, start=start)
+        for states in hidden:
+            log_probs = _log_probs(model, states, cut)
+            kl = F.kl_div(log_probs, dense, log_target=True, reduction="sum")
+            divergences.append(kl.cpu())
     return torch.stack(divergences)
 
 
-def _log_probs(model: Any, hidden: Tensor, cut: int) -> Tensor:
-    """Log probabilities [S - cut, V] at final states [1, S, H] after `cut` tokens."""
-    return F.log_softmax(head(model, hidden[0, cut:]).float(), dim=-1)
+def _log_probs(model: Any, states: Tensor, cut: int) -> Tensor:
+    """Log probabilities [S - cut, V] at final states [S, H] after `cut` tokens."""
+    return F.log_softmax(head(model, states[cut:]).float(), dim=-1)
 
 
 def shifts_by_sensitivity(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Tensor:
