@@ -303,6 +303,7 @@ def test_rows_of_unequal_length(transformers_peer: PeerProcess, tiny_llama: Path
     assert tokens == [greedy(model, row, 6) for row in rows]
 
 
+@pytest.mark.slow
 def test_logits_come_back_as_a_mapped_array(
     transformers_peer: PeerProcess, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -181,6 +181,7 @@ def without_roots_rights() -> list[str]:
     return ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
 
 
+@pytest.mark.slow
 def test_a_read_only_store_can_be_reported_from(tmp_path: Path) -> None:
     scripted.go(tmp_path, scripted.Script())
     store = tmp_path / "store"
