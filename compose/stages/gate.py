@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a gate of 576
 SHORTCUT_BLOCKS = 64
-SENSITIVITY_BLOCKS = 8  # each takes a pass over half of the model for every branch
+SENSITIVITY_BLOCKS = 8  # in prompts, each takes a pass over half of the model for every branch
 VALIDATION_BLOCKS = 2
 SUMS = 2  # products of a branch's inputs with each other, and with its outputs
 LOGITS = 5  # copies of a block's that exist at once

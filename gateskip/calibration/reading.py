@@ -79,13 +79,13 @@ def prompt_sensitivity(
     """
     generator = torch.Generator().manual_seed(seed)
     total, count = torch.zeros(gates.branches), 0
-    for done, block in enumerate(blocks.split(1)):
-        cut = draw_cut(block.shape[1], generator)
-        with heads_in_float32(model):
+    with heads_in_float32(model):
+        for done, block in enumerate(blocks.split(1)):
+            cut = draw_cut(block.shape[1], generator)
             total += _summed_kl(model, gates, block, cut, kv_rule)
-        count += block.shape[1] - cut
-        if progress is not None:
-            progress(done + 1, len(blocks), "measuring prompt sensitivity")
+            count += block.shape[1] - cut
+            if progress is not None:
+                progress(done + 1, len(blocks), "measuring prompt sensitivity")
     return total / count
 
 
