@@ -8,6 +8,10 @@ Scales and minima are numbers that bfloat16 and float16 both hold exactly, and s
 the middle code, `minimum + 2**(bits - 1) * scale`. So the same codes give the same weights, bit by
 bit, in our kernels (bfloat16 minima), in a Q4_1 block of GGUF (float16 minima) and in torchao's
 int4 layout (bfloat16 offsets at code 8).
+
+In fewer than 8 bits, each row has a step, a power of two: scales are multiples of it, and minima of
+2**(bits - 1) steps, by whole numbers up to 255, which a byte can hold (the scales of llama.cpp's
+K-quants take six bits). Grids with integer zero points, and grids of other formats, have no steps.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ or none."""
 
 SIGNIFICANT = 8  # bits of a bfloat16 number
 SMALLEST = 2.0**-24  # step of the smallest float16 numbers
+MOST_STEPS = 255  # of a scale or a minimum
 AT_ONCE = 1 << 20  # codes that are packed or unpacked at a time
 
 
@@ -106,6 +111,35 @@ def joined(grids: Sequence[Grid]) -> Grid:
 def middle(bits: int) -> int:
     """The middle code of a grid."""
     return 1 << (bits - 1)
+
+
+def has_steps(bits: int, offset: Offset) -> bool:
+    """Whether scales and minima are whole numbers of a step for each row. In 8 bits the error of
+    scales in steps would be felt."""
+    return bits < 8 and offset != "integer"
+
+
+def row_steps(scale: Tensor, minimum: Tensor | None, bits: int) -> Tensor:
+    """The step of each row [n]: the smallest power of two of which no scale or minimum [n, groups]
+    needs more than MOST_STEPS, but at least float16's smallest step."""
+    largest = scale.amax(1)
+    if minimum is not None:
+        largest = torch.maximum(largest, -minimum.amin(1) / middle(bits))
+    fraction, exponent = torch.frexp((largest / MOST_STEPS).clamp_min(SMALLEST))
+    return torch.ldexp(torch.ones_like(largest), exponent - (fraction == 0.5).int())
+
+
+def scale_in_steps(scale: Tensor, step: Tensor) -> Tensor:
+    """The nearest whole numbers of steps."""
+    return (scale / step).round().clamp(0, MOST_STEPS) * step
+
+
+def minimum_in_steps(minimum: Tensor, scale: Tensor, step: Tensor, bits: int) -> Tensor:
+    """The nearest minima in steps. A group's range includes zero: minima are between those of all
+    negative and all positive weights."""
+    unit = middle(bits) * step
+    most = (((1 << bits) - 1) * scale / unit).floor().clamp_max(MOST_STEPS)
+    return torch.minimum((-minimum / unit).round().clamp_min(0), most) * -unit
 
 
 def exact_scale(scale: Tensor) -> Tensor:

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import abi, build, ops
-from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale, joined, middle
+from gateskip.quantization.grid import (
+    MOST_STEPS,
+    Grid,
+    Offset,
+    exact_minimum,
+    exact_scale,
+    has_steps,
+    joined,
+    middle,
+    minimum_in_steps,
+    row_steps,
+)
 
 AT_ONCE = 1 << 17  # weights that are rounded at a time
 MOST_COLUMNS = 128  # of a group, in the compiled kernels
@@ -26,27 +37,37 @@ Fit = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def round_to_grid(
-    weight: Tensor, squares: Tensor, bits: int = 4, group: int = GROUP, offset: Offset = "real"
+    weight: Tensor,
+    squares: Tensor,
+    bits: int = 4,
+    group: int = GROUP,
+    offset: Offset = "real",
+    in_steps: bool = True,
 ) -> Grid:
     """Weights [n, k] on a grid; squares [k] or [n, k] are the weights of each squared error.
 
     Of several ranges for each group the one with the least sum of weighted squared errors wins.
     Within a range, scale and minimum follow from the codes by least squares and are rounded to
-    numbers that all formats hold (grid.py); then codes are chosen again. On the CPU the compiled
-    kernels do it (gateskip/kernels/src/linear/ranges.cpp); sums there have another order than those
-    of torch's operators. Those take a few rows at a time, so that intermediate tensors stay in the
-    processor's cache.
+    numbers that all formats hold (grid.py); then codes are chosen again. With `in_steps`, scales
+    and minima of a grid that has steps at last become whole numbers of them, and codes are chosen
+    once more. On the CPU the compiled kernels do it
+    (gateskip/kernels/src/linear/ranges.cpp); sums there have another order than those of torch's
+    operators. Those take a few rows at a time, so that intermediate tensors stay in the processor's
+    cache.
     """
+    in_steps = in_steps and has_steps(bits, offset)
     importance = squares / squares.mean().clamp_min(1e-12) + 1e-6  # [k] or [n, k]
     importance = importance.expand(len(weight), -1)
     if weight.device.type == "cpu" and build.library() is not None and group <= MOST_COLUMNS:
-        return _searched(weight.float(), importance.float(), bits, group, offset)
+        return _searched(weight.float(), importance.float(), bits, group, offset, in_steps)
     rows = max(1, AT_ONCE // weight.shape[1])
     parts = zip(weight.split(rows), importance.split(rows), strict=True)
-    return joined([_round_rows(*part, bits, group, offset) for part in parts])
+    return joined([_round_rows(*part, bits, group, offset, in_steps) for part in parts])
 
 
-def _searched(weight: Tensor, importance: Tensor, bits: int, group: int, offset: Offset) -> Grid:
+def _searched(
+    weight: Tensor, importance: Tensor, bits: int, group: int, offset: Offset, in_steps: bool
+) -> Grid:
     """`round_to_grid` by the compiled kernels: weights and their importance, [n, k] each."""
     n, k = weight.shape
     importance = importance if importance.stride(1) == 1 else importance.contiguous()
@@ -56,13 +77,15 @@ def _searched(weight: Tensor, importance: Tensor, bits: int, group: int, offset:
     tensors = weight, importance, cuts, codes, scale, lowest
     strides = *weight.stride(), importance.stride(0)
     kind = abi.GroupOffset[f"OFFSET_{offset.upper()}"]
-    sizes = n, k, group, bits, kind, len(cuts), torch.get_num_threads()
+    sizes = n, k, group, bits, kind, len(cuts), int(in_steps), torch.get_num_threads()
     pointers = (part.data_ptr() for part in tensors)
     ops.search_ranges(abi.RangeSearch(*pointers, *strides, *sizes))
     return Grid(codes, scale, None if offset == "none" else lowest, bits)
 
 
-def _round_rows(weight: Tensor, importance: Tensor, bits: int, group: int, offset: Offset) -> Grid:
+def _round_rows(
+    weight: Tensor, importance: Tensor, bits: int, group: int, offset: Offset, in_steps: bool
+) -> Grid:
     """`round_to_grid` of some rows: weights and their importance, [n, k] each."""
     groups, importance = (part.unflatten(1, (-1, group)) for part in (weight, importance))
     fit = _FITS[offset]
@@ -71,6 +94,8 @@ def _round_rows(weight: Tensor, importance: Tensor, bits: int, group: int, offse
         candidate = fit(groups, importance, low, high, bits)
         best = candidate if best is None else _better(candidate, best)
     assert best is not None, "there are ranges to choose from"
+    if in_steps:
+        best = _settled(groups, importance, best, bits, offset)
     _, codes, scale, lowest = best
     minimum = None if offset == "none" else lowest.squeeze(2)
     return Grid(codes.flatten(1).to(torch.uint8), scale.squeeze(2), minimum, bits)
@@ -92,6 +117,24 @@ def _better(candidate: Fit, best: Fit) -> Fit:
     better = candidate[0] < best[0]
     chosen = [torch.where(better, a, b) for a, b in zip(candidate, best, strict=True)]
     return chosen[0], chosen[1], chosen[2], chosen[3]
+
+
+def _settled(groups: Tensor, importance: Tensor, fit: Fit, bits: int, offset: Offset) -> Fit:
+    """The line of whole steps nearest to each one: its scale is rounded down or up, and the middle
+    of its range stays."""
+    _, _, scale, lowest = fit
+    minimum = None if offset == "none" else lowest.squeeze(2)
+    step = row_steps(scale.squeeze(2), minimum, bits).view(-1, 1, 1)
+    max_code, candidates = (1 << bits) - 1, []
+    for more in (0, 1):
+        near = ((scale / step).floor() + more).clamp_max(MOST_STEPS) * step
+        if offset == "none":
+            candidates.append(_signed(groups, importance, near, bits))
+        else:
+            low = minimum_in_steps(lowest + (scale - near) * (max_code / 2), near, step, bits)
+            candidates.append(_rounded(groups, importance, near, low, max_code))
+    down, up = candidates
+    return _better(up, down)
 
 
 def _fit_real(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bits: int) -> Fit:
@@ -128,9 +171,7 @@ def _fit_none(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bit
     signed = (groups / _divisor(scale)).round().clamp(-half, half)
     squares = (importance * signed.square()).sum(2, keepdim=True).clamp_min(1e-20)
     scale = exact_scale((importance * signed * groups).sum(2, keepdim=True) / squares)
-    signed = (groups / _divisor(scale)).round().clamp(-half, half)
-    error = (importance * (scale * signed - groups).square()).sum(2, keepdim=True)
-    return error, signed + middle(bits), scale, scale
+    return _signed(groups, importance, scale, bits)
 
 
 _FITS: dict[Offset, Callable[[Tensor, Tensor, Tensor, Tensor, int], Fit]] = {
@@ -138,6 +179,13 @@ _FITS: dict[Offset, Callable[[Tensor, Tensor, Tensor, Tensor, int], Fit]] = {
     "integer": _fit_integer,
     "none": _fit_none,
 }
+
+
+def _signed(groups: Tensor, importance: Tensor, scale: Tensor, bits: int) -> Fit:
+    half = middle(bits) - 1
+    signed = (groups / _divisor(scale)).round().clamp(-half, half)
+    error = (importance * (scale * signed - groups).square()).sum(2, keepdim=True)
+    return error, signed + middle(bits), scale, scale
 
 
 def _rounded(groups: Tensor, importance: Tensor, scale: Tensor, low: Tensor, max_code: int) -> Fit:

@@ -9,8 +9,8 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from gateskip.quantization.rounding import round_to_grid
 from gateskip.rounding.compensate import Rounding
 from gateskip.rounding.layerwise import enter, run_layer
 
+T = TypeVar("T")
+
 EVERY = 4  # positions of a text for one that is compared: logits cost as much as many layers
 
-Costs = dict[str, dict[int, float]]
-"""Layer -> bits -> KL in nats a token when this layer alone is rounded to so many bits."""
+Costs = dict[str, dict[Rounding, float]]
+"""Layer -> how it is rounded -> KL in nats a token when this layer alone is rounded like that."""
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def measure_costs(
         for how in options(names[part]):
             grid = round_to_grid(whole.float(), mean, how.bits, how.group, how.offset)
             part.weight.copy_(grid.weight())
-            costs[names[part]][how.bits] = runs.kl_from(number)
+            costs[names[part]][how] = runs.kl_from(number)
         part.weight.copy_(whole)
         keep(costs)
     progress(len(linears), len(linears))
@@ -106,8 +108,10 @@ def mean_kl(target: Tensor, log_probs: Tensor) -> float:
     return float((target.exp() * (target - log_probs)).sum(-1).mean())
 
 
-def allocate(costs: Costs, sizes: Mapping[str, Mapping[int, int]], limit: int) -> dict[str, int]:
-    """Bits of each layer: a low sum of costs at no more than `limit` bytes together.
+def allocate(
+    costs: Mapping[str, Mapping[T, float]], sizes: Mapping[str, Mapping[T, int]], limit: int
+) -> dict[str, T]:
+    """The option of each layer: a low sum of costs at no more than `limit` bytes together.
 
     Greedy: starts from the smallest option of each layer and repeatedly takes the step that lowers
     the cost most for each byte. An option that is larger and no cheaper than another is never
@@ -116,30 +120,28 @@ def allocate(costs: Costs, sizes: Mapping[str, Mapping[int, int]], limit: int) -
     Raises ValueError where even the smallest options are larger than `limit`.
     """
     chosen = {name: min(sizes[name], key=sizes[name].__getitem__) for name in costs}
-    spent = sum(sizes[name][bits] for name, bits in chosen.items())
+    spent = sum(sizes[name][option] for name, option in chosen.items())
     if spent > limit:
         raise ValueError(f"the smallest choice takes {spent} bytes, but only {limit} are allowed")
     while True:
         steps = [
-            step
-            for name, bits in chosen.items()
-            for step in _steps(name, bits, costs[name], sizes[name])
-            if spent + step[2] <= limit
+            (gain, extra, name, option)
+            for name, now in chosen.items()
+            for gain, extra, option in _steps(now, costs[name], sizes[name])
+            if spent + extra <= limit
         ]
         if not steps:
             return chosen
-        _, name, more, bits = max(steps)
-        chosen[name] = bits
-        spent += more
+        _, extra, name, option = max(steps, key=lambda step: step[:3])
+        chosen[name] = option
+        spent += extra
 
 
 def _steps(
-    name: str, bits: int, costs: Mapping[int, float], sizes: Mapping[int, int]
-) -> list[tuple[float, str, int, int]]:
-    """Larger options of a layer, with less cost: cost saved for each byte, name, bytes, bits."""
-    more = {other: sizes[other] - sizes[bits] for other in sizes if sizes[other] > sizes[bits]}
-    return [
-        ((costs[bits] - costs[other]) / extra, name, extra, other)
-        for other, extra in more.items()
-        if costs[other] < costs[bits]
-    ]
+    now: T, costs: Mapping[T, float], sizes: Mapping[T, int]
+) -> Iterator[tuple[float, int, T]]:
+    """Larger options of a layer, with less cost: cost saved for each byte, bytes, option."""
+    for option, size in sizes.items():
+        extra = size - sizes[now]
+        if extra > 0 and costs[option] < costs[now]:
+            yield (costs[now] - costs[option]) / extra, extra, option

@@ -88,7 +88,7 @@ def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
             last = first + how.group
             here, part = upper[first:last, first:last], left[first:last]
             needs = here.diagonal().square().reciprocal()
-            grid = round_to_grid(part.T, needs, how.bits, how.group, how.offset)
+            grid = round_to_grid(part.T, needs, how.bits, how.group, how.offset, in_steps=False)
             grids.append(grid)
             steps = Steps.of(grid.scale[:, 0], grid.lowest()[:, 0], how.bits, how.offset == "none")
             codes[first:last], errors[first:last] = round_columns(part, here, steps)

@@ -79,14 +79,14 @@ def sequences(blocks: Tensor) -> Tensor:
 @torch.no_grad()
 def _costs(
     part: Any, inputs: Tensor, gradients: Tensor, hows: Sequence[Rounding]
-) -> dict[int, float]:
+) -> dict[Rounding, float]:
     """KL of each option from inputs [N, S, in] and the gradients of the outputs [N, S, out]."""
     whole, squares = part.weight.float(), inputs.square().mean((0, 1))
-    costs: dict[int, float] = {}
+    costs: dict[Rounding, float] = {}
     for how in hows:
         lost = round_to_grid(whole, squares, how.bits, how.group, how.offset).weight() - whole
         moved = (F.linear(inputs, lost).float() * gradients).sum(2)  # [N, S]
-        costs[how.bits] = float(moved.square().mean() / 2)
+        costs[how] = float(moved.square().mean() / 2)
     return costs
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -55,6 +54,7 @@ WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded to
 GRADIENTS_OF = 2048  # tokens whose gradients are taken; logits exist for 256 at a time
 EMBEDDING_ROWS = 8192  # rounded at a time
 TableBits = Literal[4, 6, 8] | None
+GROUPS = (32, 64, 128)
 NO_OFFSET = 6  # bits, from which on groups have a scale alone
 
 
@@ -96,7 +96,7 @@ class Allocate(BaseModel):
 class Integers(Stage):
     """Round linear layers to integers with a scale, and a minimum, for every group of weights."""
 
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     role: ClassVar[Role] = "quantize"
     bits: ClassVar[Bits]
     """Bits of one weight."""
@@ -129,9 +129,9 @@ class Integers(Stage):
     scale and no offset."""
 
     allocate: Allocate | None = None
-    """Choose the number of bits for each layer under a size limit. The layers in which more bits
-    lower the KL most for each byte get more bits. Layers that `mixed` names keep the bits that
-    `mixed` sets."""
+    """Choose the number of bits and the group size for each layer under a size limit. The layers in
+    which more bytes lower the KL most get more bits or smaller groups. Groups have `group_size`
+    weights or more, up to 128. Layers that `mixed` names keep the bits that `mixed` sets."""
 
     embedding: TableBits = 8
     """Bits per weight of the embedding and of the LM head, in groups of 32 weights that share a
@@ -292,6 +292,7 @@ class Integers(Stage):
         if self.allocate is not None:
             record["allocation"], how = self._allocated(job, model, blocks, how)
             record["layer_bits"] = {name: rounding.bits for name, rounding in how.items()}
+            record["layer_groups"] = {name: rounding.group for name, rounding in how.items()}
             measured = blocks[: self.allocate.blocks if whole else 0]
         dense = distribution(model, measured) if len(measured) else None
         errors = {}
@@ -351,10 +352,11 @@ class Integers(Stage):
             del bits[name]
         return {name: self._rounding(n_bits) for name, n_bits in bits.items()}
 
-    def _rounding(self, bits: Bits) -> Rounding:
+    def _rounding(self, bits: Bits, group: int | None = None) -> Rounding:
+        """Rounding to that many bits, in groups of `group_size` or as told."""
         from gateskip.rounding.compensate import Rounding
 
-        return Rounding(bits, self.group_size, self.grid_offset(bits), self.damp)
+        return Rounding(bits, group or self.group_size, self.grid_offset(bits), self.damp)
 
     def _allocated(
         self, job: StageJob, model: Any, blocks: Tensor, how: dict[str, Rounding]
@@ -366,32 +368,37 @@ class Integers(Stage):
         fixed = {n for end in self.mixed for n in matching([end], list(how), "mixed")}
         if self.sets_value_bits():
             fixed |= set(value_projections(how))
-        options = [self._rounding(bits) for bits in sorted(self.allocate.among)]
-        free = {name: options for name in how if name not in fixed}
-        costs = self._costs(job, model, blocks, free)
         layers = dict(model.named_modules())
+        free = {name: self._options(layers[name]) for name in how if name not in fixed}
+        costs = self._costs(job, model, blocks, free)
         sizes = {
-            name: {option.bits: grid_bytes(layers[name], option) for option in options}
-            for name in costs
+            name: {option: grid_bytes(layers[name], option) for option in options}
+            for name, options in free.items()
         }
         limit = self._limit(job, layers, how, fixed)
         try:
-            bits = allocate(costs, sizes, limit)
+            chosen = allocate(costs, sizes, limit)
         except ValueError as error:
             raise UserError(
                 f"allocate finds no bits that fit: {error}",
                 fix="raise size_mb or bits_per_weight, allow fewer bits in `among`, or pack the "
                 "embedding in fewer bits",
             ) from error
-        chosen = {name: self._rounding(cast(Bits, n_bits)) for name, n_bits in bits.items()}
         record = {
             "by": self.allocate.by,
-            "predicted_kl": _short(sum(costs[name][n_bits] for name, n_bits in bits.items())),
+            "predicted_kl": _short(sum(costs[name][option] for name, option in chosen.items())),
             "sensitivities": {
-                n: {b: _short(c) for b, c in by_bits.items()} for n, by_bits in costs.items()
+                name: {_label(option): _short(cost) for option, cost in each.items()}
+                for name, each in costs.items()
             },
         }
         return record, {name: chosen.get(name, rounding) for name, rounding in how.items()}
+
+    def _options(self, layer: Any) -> list[Rounding]:
+        """Each number of bits, in each group size of at least `group_size` that fits the layer."""
+        assert self.allocate is not None, "the caller asked"
+        groups = [g for g in GROUPS if g >= self.group_size and layer.in_features % g == 0]
+        return [self._rounding(bits, group) for bits in self.allocate.among for group in groups]
 
     def _costs(
         self, job: StageJob, model: Any, blocks: Tensor, options: dict[str, list[Rounding]]
@@ -414,11 +421,16 @@ class Integers(Stage):
             return estimate_costs(same, blocks, of, job.seed, progress)
         file = job.work / "costs.json"
         known = {
-            name: {int(bits): cost for bits, cost in costs.items()}
+            name: {option: costs[_label(option)] for option in of(name)}
             for name, costs in (read_json(file) or {}).items()
         }
+
+        def keep(costs: Costs) -> None:
+            each = costs.items()
+            write_json(file, {name: {_label(o): c for o, c in of.items()} for name, of in each})
+
         some = blocks[: self.allocate.blocks]
-        return measure_costs(model, some, of, progress, known, partial(write_json, file))
+        return measure_costs(model, some, of, progress, known, keep)
 
     def _limit(
         self, job: StageJob, layers: dict[str, Any], how: dict[str, Rounding], fixed: set[str]
@@ -509,7 +521,7 @@ class WithOffset(Integers):
     """Base of `int4`, `int3` and `int2`: an offset for each group, and more bits for value
     projections."""
 
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     offset: Literal["real", "integer"] = "real"
     """Offset of each group of weights: a minimum as in GGUF's Q4_1 (`real`), or an integer zero
@@ -607,6 +619,11 @@ def grid_bytes(linear: Any, how: Rounding) -> int:
     per_group = 4 if how.offset == "real" else 2
     weights: int = linear.weight.numel()
     return weights * how.bits // 8 + weights // how.group * per_group
+
+
+def _label(how: Rounding) -> str:
+    """Bits and group size, as in a record."""
+    return f"{how.bits} in groups of {how.group}"
 
 
 def _short(number: float) -> float:

@@ -334,6 +334,7 @@ typedef struct DescentBlock {
   const float* moments; /* [block, block]: mean products of these columns' inputs */
   const float* seen;    /* [block, n]: mean products of their inputs with all inputs, times what each row lost there */
   const float* zeros;   /* [block / group, n]: the code of the value zero; NULL where minima are free */
+  const float* steps;   /* [n]: powers of two, of which lines are whole numbers; NULL where they need not be */
   float* lost;          /* [block, n]: weights less values */
   uint8_t* codes;       /* [block, n] */
   float* scale;         /* [block / group, n] */
@@ -370,6 +371,7 @@ typedef struct RangeSearch {
   int32_t bits;
   int32_t offset; /* GroupOffset */
   int32_t cuts;
+  int32_t in_steps; /* whether scales and lowest values are whole numbers of a step for each row */
   int32_t threads;
 } RangeSearch;
 

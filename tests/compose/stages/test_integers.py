@@ -391,6 +391,9 @@ def test_bits_are_shared_out_under_a_size(
     layers = grids_of(load_model(folder))
     found = {name: layer.bits for name, layer in layers.items() if name != "lm_head"}
     assert found == record["layer_bits"]
+    groups = {name: layer.group for name, layer in layers.items() if name != "lm_head"}
+    assert groups == record["layer_groups"]
+    assert set(groups.values()) == {32, 64}, "groups are chosen, too"
     assert len(set(record["layer_bits"].values())) > 1
     allocation = record["allocation"]
     assert allocation["by"] == by

@@ -181,7 +181,7 @@ def bf16(value: float) -> float:
 
 def rounded_by_hand(weights: list[float], importance: list[float]) -> tuple[float, list[float]]:
     """Weighted squared error of the best of all ranges, and the rounded weights: one number at a
-    time, as the docstring of `round_to_grid` says it."""
+    time, as the docstring of `round_to_grid` says it, before scales and minima are put in steps."""
     best: tuple[float, list[float]] = (math.inf, [])
     for cut in USUAL_CUTS:
         low, high = min(0.0, *weights), max(0.0, *weights)
@@ -222,7 +222,8 @@ class TestRounding:
         weights = torch.randn(4, 2 * GROUP, generator=generator)
         weights[:, ::7] *= 4  # some far out, so that cutting a range pays
         squares = torch.rand(2 * GROUP, generator=generator).square() * 10
-        values = round_to_grid(weights, squares).weight().unflatten(1, (-1, GROUP))
+        grid = round_to_grid(weights, squares, in_steps=False)
+        values = grid.weight().unflatten(1, (-1, GROUP))
         importance = (squares / squares.mean()).view(2, GROUP)
         for row in range(4):
             for group in range(2):

@@ -19,10 +19,11 @@ from gateskip.rounding.compensate import Rounding
 from gateskip.rounding.sensitivity import SEQUENCE, TOKENS, estimate_costs, sequences
 
 BITS = (2, 4, 8)
+TWO, FOUR, EIGHT = (Rounding(bits) for bits in BITS)
 
 
 def options(name: str) -> list[Rounding]:
-    return [Rounding(bits) for bits in BITS] if name.endswith(("down_proj", "q_proj")) else []
+    return [TWO, FOUR, EIGHT] if name.endswith(("down_proj", "q_proj")) else []
 
 
 def test_a_cost_is_the_kl_of_that_layer_alone(tiny_llama: Path) -> None:
@@ -34,8 +35,8 @@ def test_a_cost_is_the_kl_of_that_layer_alone(tiny_llama: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(name.endswith(("down_proj", "q_proj")) for name in costs)
     for each in costs.values():
-        assert each[2] > each[4] > each[8] >= 0
-    name = max(costs, key=lambda each: costs[each][2])
+        assert each[TWO] > each[FOUR] > each[EIGHT] >= 0
+    name = max(costs, key=lambda each: costs[each][TWO])
     with torch.no_grad():
         dense = model(ids).logits.log_softmax(-1)
         inputs = []
@@ -48,7 +49,7 @@ def test_a_cost_is_the_kl_of_that_layer_alone(tiny_llama: Path) -> None:
         found = model(ids).logits.log_softmax(-1)
     each = (dense.exp() * (dense - found)).sum(-1)[:, EVERY - 1 :: EVERY]
     kl = float(each.mean())
-    assert costs[name][2] == pytest.approx(kl, rel=1e-3)
+    assert costs[name][TWO] == pytest.approx(kl, rel=1e-3)
 
 
 def test_an_estimate_is_near_what_is_measured(tiny_llama: Path) -> None:
@@ -60,11 +61,11 @@ def test_an_estimate_is_near_what_is_measured(tiny_llama: Path) -> None:
     ids = torch.randint(3, 512, (32, 64), generator=torch.Generator().manual_seed(1))
     found, measured = estimate_costs(model, ids, options), measure_costs(model, ids, options)
     assert found.keys() == measured.keys() and len(found) == 8
-    for bits, spread in ((2, 2.0), (4, 1.5), (8, 1.5)):
+    for how, spread in ((TWO, 2.0), (FOUR, 1.5), (EIGHT, 1.5)):
         for name, each in measured.items():
-            assert each[bits] / spread < found[name][bits] < each[bits] * spread
-        total, wanted = (sum(each[bits] for each in costs.values()) for costs in (found, measured))
-        assert total == pytest.approx(wanted, rel=0.3 if bits == 2 else 0.12)
+            assert each[how] / spread < found[name][how] < each[how] * spread
+        total, wanted = (sum(each[how] for each in costs.values()) for costs in (found, measured))
+        assert total == pytest.approx(wanted, rel=0.3 if how == TWO else 0.12)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [name for name, each in model.named_parameters() if each.requires_grad] == asking

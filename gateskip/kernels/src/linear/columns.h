@@ -108,5 +108,32 @@ static inline Column exact_minimum(Column minimum, const Column& scale, int bits
   return whole;
 }
 
+// -- whole numbers of steps, a power of two for each row --
+
+constexpr float MOST_STEPS = 255;  // of a scale or a minimum
+
+static inline Column scale_in_steps(Column scale, const Column& step) {
+  LANES scale[l] = std::min(std::max(std::nearbyint(scale[l] / step[l]), 0.0f), MOST_STEPS) * step[l];
+  return scale;
+}
+
+static inline Column minimum_in_steps(Column minimum, const Column& scale, const Column& step, int bits) {
+  const float most_code = float((1 << bits) - 1), middle = float(1 << (bits - 1));
+  LANES {
+    const float unit = middle * step[l];
+    const float most = std::min(std::floor(most_code * scale[l] / unit), MOST_STEPS);
+    minimum[l] = std::min(std::max(std::nearbyint(-minimum[l] / unit), 0.0f), most) * -unit;
+  }
+  return minimum;
+}
+
+// the smallest power of two of which no more than MOST_STEPS are needed
+static inline Column step_of(Column largest) {
+  LANES largest[l] = std::max(largest[l] / MOST_STEPS, SMALLEST);
+  ColumnBits bits = bits_of(largest);
+  LANES bits.at[l] = (bits.at[l] + 0x7fffffu) & 0x7f800000u;
+  return of_bits(bits);
+}
+
 // 1 in the place of 0, by which nothing can be divided
 static inline float divisor(float scale) { return scale == 0.0f ? 1.0f : scale; }

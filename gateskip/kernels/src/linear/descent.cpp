@@ -32,7 +32,7 @@ struct Here {
 // One group of some rows
 struct Group {
   Column codes[MAX_GROUP], want[MAX_GROUP], seen[MAX_GROUP];  // `seen`: the moments times the codes
-  Column scale, lowest, zero;
+  Column scale, lowest, zero, step;
 
   // the moments times the values, which are `scale * codes + lowest`, added to what is wanted
   void add_values(const Here& here, float sign) {
@@ -48,7 +48,7 @@ struct Group {
   }
 
   // least squares for the codes
-  void fit_line(const Here& here, bool free_minimum, int bits) {
+  void fit_line(const Here& here, bool free_minimum, bool in_steps, int bits) {
     Column both = {}, right = {}, mixed = {}, right_ones = {};
     for (int i = 0; i < here.group; i++)
       LANES {
@@ -68,12 +68,13 @@ struct Group {
       const float free = (right[l] * ones - right_ones[l] * mixed[l]) / (both[l] * ones - mixed[l] * mixed[l]);
       scale[l] = std::max(free_minimum ? free : right[l] / both[l], 0.0f);
     }
-    scale = exact_scale(scale);
+    scale = in_steps ? scale_in_steps(scale, step) : exact_scale(scale);
     LANES {
       minimum[l] = (right_ones[l] - mixed[l] * scale[l]) / ones;
       lowest[l] = -zero[l] * scale[l];
     }
-    if (free_minimum) lowest = exact_minimum(minimum, scale, bits);
+    if (!free_minimum) return;
+    lowest = in_steps ? minimum_in_steps(minimum, scale, step, bits) : exact_minimum(minimum, scale, bits);
   }
 
   // each code at its minimum, with all others as they are
@@ -118,6 +119,7 @@ void gateskip_descend_block(const DescentBlock* all) {
       group.scale = column_of(all->scale + line, count);
       group.lowest = column_of(all->lowest + line, count);
       group.zero = all->zeros ? column_of(all->zeros + line, count) : Column{};
+      group.step = all->steps ? column_of(all->steps + first, count) : Column{};
       for (int i = 0; i < size; i++) {
         group.codes[i] = codes_of(all->codes + (start + i) * n + first, count);
         group.want[i] = seen[start + i];
@@ -125,7 +127,7 @@ void gateskip_descend_block(const DescentBlock* all) {
       }
       group.multiply(here);
       group.add_values(here, 1);
-      group.fit_line(here, all->zeros == nullptr, all->bits);
+      group.fit_line(here, all->zeros == nullptr, all->steps != nullptr, all->bits);
       group.add_values(here, -1);
       group.choose_codes(here, all->min_code, (1 << all->bits) - 1);
       copy_some(group.scale.at, all->scale + line, count);

@@ -84,13 +84,16 @@ void fit_integer(const Weights& weights, const Column& low, const Column& high, 
   choose_codes(weights, most, fit);
 }
 
-// Codes around the middle one, equally many below and above
+// Codes around the middle one, equally many below and above, and their error
 void choose_signed(const Weights& weights, float middle, Fit& fit) {
   const float half = middle - 1;
+  fit.error = Column{};
   for (int i = 0; i < weights.group; i++)
     LANES {
       const float whole = std::nearbyint(weights.at[i][l] / divisor(fit.scale[l]));
       fit.codes[i][l] = std::min(std::max(whole, -half), half) + middle;
+      const float lost = fit.scale[l] * (fit.codes[i][l] - middle) - weights.at[i][l];
+      fit.error[l] += weights.importance[i][l] * (lost * lost);
     }
 }
 
@@ -103,13 +106,20 @@ void fit_none(const Weights& weights, const Column& high, int bits, Fit& fit) {
   choose_signed(weights, middle, fit);
   fit_scale(weights, zero, fit);
   choose_signed(weights, middle, fit);
-  fit.error = Column{};
   fit.lowest = fit.scale;
-  for (int i = 0; i < weights.group; i++)
-    LANES {
-      const float lost = fit.scale[l] * (fit.codes[i][l] - middle) - weights.at[i][l];
-      fit.error[l] += weights.importance[i][l] * (lost * lost);
-    }
+}
+
+// Where `fit` has less error, it takes the place of `best`
+void keep_better(const Fit& fit, int group, Fit& best) {
+  for (int i = 0; i < group; i++)
+    LANES
+      best.codes[i][l] = fit.error[l] < best.error[l] ? fit.codes[i][l] : best.codes[i][l];
+  LANES {
+    const bool better = fit.error[l] < best.error[l];
+    best.scale[l] = better ? fit.scale[l] : best.scale[l];
+    best.lowest[l] = better ? fit.lowest[l] : best.lowest[l];
+    best.error[l] = better ? fit.error[l] : best.error[l];
+  }
 }
 
 // One group's weights, from rows that lie `row` apart and columns that lie `column` apart
@@ -155,15 +165,40 @@ void best_fit(const RangeSearch& search, const Weights& weights, Fit& best) {
       best = fit;
       continue;
     }
-    for (int i = 0; i < weights.group; i++)
-      LANES
-        best.codes[i][l] = fit.error[l] < best.error[l] ? fit.codes[i][l] : best.codes[i][l];
+    keep_better(fit, weights.group, best);
+  }
+}
+
+// The line of whole steps nearest to one: its scale is rounded down or up, and the middle of its range stays. Codes are
+// chosen again.
+void settle(const RangeSearch& search, const Weights& weights, const Column& step, Fit& best) {
+  const float most = float((1 << search.bits) - 1), middle = float(1 << (search.bits - 1));
+  const Column scale = best.scale, lowest = best.lowest;
+  for (int up = 0; up < 2; up++) {
+    Fit fit;
     LANES {
-      const bool better = fit.error[l] < best.error[l];
-      best.scale[l] = better ? fit.scale[l] : best.scale[l];
-      best.lowest[l] = better ? fit.lowest[l] : best.lowest[l];
-      best.error[l] = better ? fit.error[l] : best.error[l];
+      const float whole = std::floor(scale[l] / step[l]) + float(up);
+      fit.scale[l] = std::min(whole, MOST_STEPS) * step[l];
+      fit.lowest[l] = lowest[l] + (scale[l] - fit.scale[l]) * (most / 2);
     }
+    if (search.offset == OFFSET_NONE) choose_signed(weights, middle, fit);
+    else {
+      fit.lowest = minimum_in_steps(fit.lowest, fit.scale, step, search.bits);
+      choose_codes(weights, most, fit);
+    }
+    if (up) keep_better(fit, weights.group, best);
+    else best = fit;
+  }
+}
+
+void leave(const RangeSearch& search, const Fit& fit, int64_t first, int count, int64_t group) {
+  const int64_t groups = search.k / search.group;
+  for (int l = 0; l < count; l++) {
+    const int64_t row = first + l;
+    search.scale[row * groups + group] = fit.scale[l];
+    search.lowest[row * groups + group] = fit.lowest[l];
+    for (int i = 0; i < search.group; i++)
+      search.codes[row * search.k + group * search.group + i] = uint8_t(int(fit.codes[i][l]));
   }
 }
 
@@ -172,22 +207,33 @@ void best_fit(const RangeSearch& search, const Weights& weights, Fit& best) {
 extern "C" {
 
 void gateskip_search_ranges(const RangeSearch* search) {
-  const int64_t n = search->n, k = search->k, groups = k / search->group;
+  const int64_t n = search->n, groups = search->k / search->group;
+  const float middle = float(1 << (search->bits - 1));
 #pragma omp parallel for num_threads(search->threads) schedule(static)
   for (int64_t first = 0; first < n; first += ROWS_AT_ONCE) {
     const int count = int(std::min<int64_t>(ROWS_AT_ONCE, n - first));
     Weights weights;
     Fit best;
+    Column largest = {};
     for (int64_t group = 0; group < groups; group++) {
       load(*search, first, count, group * search->group, weights);
       best_fit(*search, weights, best);
-      for (int l = 0; l < count; l++) {
-        const int64_t row = first + l;
-        search->scale[row * groups + group] = best.scale[l];
-        search->lowest[row * groups + group] = best.lowest[l];
-        for (int i = 0; i < search->group; i++)
-          search->codes[row * k + group * search->group + i] = uint8_t(int(best.codes[i][l]));
+      leave(*search, best, first, count, group);
+      LANES {
+        const float low = search->offset == OFFSET_NONE ? 0.0f : -best.lowest[l] / middle;
+        largest[l] = std::max(largest[l], std::max(best.scale[l], low));
       }
+    }
+    if (!search->in_steps) continue;
+    const Column step = step_of(largest);
+    for (int64_t group = 0; group < groups; group++) {
+      load(*search, first, count, group * search->group, weights);
+      for (int l = 0; l < ROWS_AT_ONCE; l++) {
+        const int64_t place = (first + std::min(l, count - 1)) * groups + group;
+        best.scale[l] = search->scale[place], best.lowest[l] = search->lowest[place];
+      }
+      settle(*search, weights, step, best);
+      leave(*search, best, first, count, group);
     }
   }
 }
