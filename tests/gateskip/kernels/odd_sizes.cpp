@@ -714,18 +714,20 @@ void rounding() {
       check_columns(steps, group);
       // independent columns, which are wanted at what they lost: each gets its weight's nearest code
       std::vector<float> lines(size_t(2) * n, 0.25f), lowest_of(size_t(2) * n, -2.0f), zeros(size_t(2) * n, 8.0f);
+      const std::vector<float> sizes(n, 1.0f / 512);
       const int block = group == 128 ? 128 : 64;
       std::vector<float> ones(size_t(block) * block), lost(size_t(block) * n);
       for (int i = 0; i < block; i++) ones[size_t(i) * block + i] = 1.0f;
       std::vector<uint8_t> chosen(lost.size(), uint8_t(8));
       for (size_t i = 0; i < lost.size(); i++) lost[i] = float(i % 16) * 0.25f - 2.0f;
       const std::vector<float> weights = lost;
-      for (bool fixed : {true, false}) {
-        const DescentBlock down{ones.data(), lost.data(), fixed ? zeros.data() : nullptr, lost.data(), chosen.data(),
+      for (int way : {0, 1, 2, 3}) {
+        const float *fixed = way & 1 ? zeros.data() : nullptr, *whole = way & 2 ? sizes.data() : nullptr;
+        const DescentBlock down{ones.data(), lost.data(), fixed, whole, lost.data(), chosen.data(),
                                 lines.data(), lowest_of.data(), n, block, group, 4, 0, 3};
         gateskip_descend_block(&down);
-        record("descend", n, group, fixed, chosen);
-        record("descend", n, group, fixed, lines);
+        record("descend", n, group, way, chosen);
+        record("descend", n, group, way, lines);
         for (size_t i = 0; i < lost.size(); i++) {
           const size_t line = i / n / group * n + i % n;
           const float value = lines[line] * chosen[i] + lowest_of[line];
@@ -734,12 +736,13 @@ void rounding() {
       }
       const float cuts[] = {0.0f, 0.1f};
       std::vector<float> important(group, 1.0f);
-      for (int offset : {OFFSET_REAL, OFFSET_INTEGER, OFFSET_NONE}) {
+      for (int way : {+OFFSET_REAL, +OFFSET_INTEGER, +OFFSET_NONE, OFFSET_REAL + 4, OFFSET_NONE + 4}) {
+        const int offset = way % 4, in_steps = way / 4;
         const RangeSearch search{left.data(), important.data(), cuts, codes.data(), lines.data(), lowest_of.data(),
-                                 1, n, 0, n, group, group, 8, offset, 2, 3};
+                                 1, n, 0, n, group, group, 8, offset, 2, in_steps, 3};
         gateskip_search_ranges(&search);
-        record("ranges", n, group, offset, codes);
-        record("ranges", n, group, offset, lines);
+        record("ranges", n, group, way, codes);
+        record("ranges", n, group, way, lines);
         for (int row = 0; row < n; row++)
           for (int i = 0; i < group; i++) {
             const float low = offset == OFFSET_NONE ? -128 * lines[row] : lowest_of[row];
