@@ -126,8 +126,10 @@ def draft_head(
 
 
 def _packed(weight: Tensor, squares: Tensor, bias: Tensor | None, how: CopyFormat) -> PackedLinear:
-    """Weights [n, k] rounded by the mean squares [k] of their inputs."""
-    return PackedLinear.of(round_to_grid(weight, squares, how.bits, how.group), bias)
+    """Weights [n, k] rounded by the mean squares [k] of their inputs. Nothing stores their scales,
+    so that these need no steps."""
+    grid = round_to_grid(weight, squares, how.bits, how.group, in_steps=False)
+    return PackedLinear.of(grid, bias)
 
 
 @torch.no_grad()

@@ -226,7 +226,7 @@ class Descriptors:
         weight = weight.detach().float()
         if k % BLOCK:
             return Matrix(Kind.FP32, n, k, k, 0, n, n, self._at(weight))
-        grid = round_to_grid(weight, squares, bits, BLOCK)
+        grid = round_to_grid(weight, squares, bits, BLOCK, in_steps=False)
         return self.packed(PackedLinear.of(grid), rounded=True)
 
     # -- matrices -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -54,7 +54,7 @@ WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded to
 GRADIENTS_OF = 2048  # tokens whose gradients are taken; logits exist for 256 at a time
 EMBEDDING_ROWS = 8192  # rounded at a time
 TableBits = Literal[4, 6, 8] | None
-GROUPS = (32, 64, 128)
+GroupSize = Literal[32, 64, 128]
 NO_OFFSET = 6  # bits, from which on groups have a scale alone
 
 
@@ -101,7 +101,7 @@ class Integers(Stage):
     bits: ClassVar[Bits]
     """Bits of one weight."""
 
-    group_size: Literal[32, 64, 128] = 32
+    group_size: GroupSize = 32
     """Number of weights that share a scale. The group size must divide the number of inputs of
     every linear layer."""
 
@@ -388,8 +388,8 @@ class Integers(Stage):
             "by": self.allocate.by,
             "predicted_kl": _short(sum(costs[name][option] for name, option in chosen.items())),
             "sensitivities": {
-                name: {_label(option): _short(cost) for option, cost in each.items()}
-                for name, each in costs.items()
+                name: {label: _short(cost) for label, cost in each.items()}
+                for name, each in _by_label(costs).items()
             },
         }
         return record, {name: chosen.get(name, rounding) for name, rounding in how.items()}
@@ -397,7 +397,8 @@ class Integers(Stage):
     def _options(self, layer: Any) -> list[Rounding]:
         """Each number of bits, in each group size of at least `group_size` that fits the layer."""
         assert self.allocate is not None, "the caller asked"
-        groups = [g for g in GROUPS if g >= self.group_size and layer.in_features % g == 0]
+        sizes = [size for size in get_args(GroupSize) if size >= self.group_size]
+        groups = [size for size in sizes if layer.in_features % size == 0]
         return [self._rounding(bits, group) for bits in self.allocate.among for group in groups]
 
     def _costs(
@@ -426,8 +427,7 @@ class Integers(Stage):
         }
 
         def keep(costs: Costs) -> None:
-            each = costs.items()
-            write_json(file, {name: {_label(o): c for o, c in of.items()} for name, of in each})
+            write_json(file, _by_label(costs))
 
         some = blocks[: self.allocate.blocks]
         return measure_costs(model, some, of, progress, known, keep)
@@ -624,6 +624,14 @@ def grid_bytes(linear: Any, how: Rounding) -> int:
 def _label(how: Rounding) -> str:
     """Bits and group size, as in a record."""
     return f"{how.bits} in groups of {how.group}"
+
+
+def _by_label(costs: Costs) -> dict[str, dict[str, float]]:
+    """Costs with labels in place of options, as JSON holds them."""
+    return {
+        name: {_label(option): cost for option, cost in each.items()}
+        for name, each in costs.items()
+    }
 
 
 def _short(number: float) -> float:
