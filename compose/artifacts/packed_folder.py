@@ -26,7 +26,7 @@ GPTQ_METHOD = "gptq"
 METHODS = (GPTQ_METHOD, GRID_METHOD)
 """`quant_method` of folders whose weights are integers that this module reads."""
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
-GRID = ("codes", "scale", "minimum")
+GRID = ("codes", "scale", "minimum", "exponent")
 """Ends of the names of a packed layer's tensors; the first one has the codes."""
 
 WORD = 32  # bits of an int32 that codes are packed in
@@ -132,7 +132,9 @@ class PackedFolder:
         zeros = zeros.to(torch.uint8)
         return IntegerLayer(bits, codes, scales.T.contiguous(), None if middle else zeros)
 
-    def _from_grid(self, name: str, packed: Any, scale: Any, minimum: Any) -> IntegerLayer:
+    def _from_grid(
+        self, name: str, packed: Any, scale: Any, minimum: Any, exponent: Any
+    ) -> IntegerLayer:
         """codes [n, k * bits / 8] as a stream of bits, scale [n, k / group]."""
         if minimum is not None:
             raise ArtifactError(
@@ -141,14 +143,16 @@ class PackedFolder:
                 fix="make the folder with offset: integer, or write it with `gateskip export FOLDER"
                 " --format gguf`, whose blocks have real minima",
             )
-        from gateskip.quantization.grid import unpack_bits
+        from gateskip.quantization.grid_linear import read
 
         of_layer = (self.stated.get("layers") or {}).get(name, {})
         embedding = self.stated.get("embedding") or {}
         head = self.stated.get("head") or embedding
         outer = head if name.endswith("lm_head") else embedding if name in self.embeddings else {}
         bits = int({**self.stated, **of_layer, **outer}["bits"])
-        return IntegerLayer(bits, unpack_bits(packed, bits), scale, None)
+        grid = read(packed, scale, None, exponent, bits)
+        kept = scale.dtype if exponent is None else torch.bfloat16  # which holds the floats exactly
+        return IntegerLayer(bits, grid.codes, grid.scale.to(kept), None)
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:

@@ -142,8 +142,9 @@ class Matrix(Structure):
         kind = Kind(self.kind)
         part = Matrix.from_buffer_copy(self)
         groups = self.k // self.group * ROWS_PER_TILE  # scales of a tile
-        sizes = (2 * self.k * kind.bits, *[groups * (2 if kind.rounded else 4)] * 2)
-        for name, size in zip(("weights", "scale", "offset"), sizes, strict=True):
+        line = groups * (1 if self.exponent else 2 if kind.rounded else 4)
+        sizes = {"weights": 2 * self.k * kind.bits, "scale": line, "offset": line}
+        for name, size in {**sizes, "exponent": ROWS_PER_TILE}.items():
             whole = getattr(self, name)
             if whole is not None:
                 setattr(part, name, whole + first // ROWS_PER_TILE * size)

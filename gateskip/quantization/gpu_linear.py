@@ -139,6 +139,11 @@ def pass_unused(model: Any) -> int:
     return len(linears)
 
 
+def _held(grid: GridLinear | GridEmbedding) -> torch.dtype:
+    """The type of its scales and minima on a GPU, whose kernels read no bytes."""
+    return STORED if grid.exponent is not None else grid.scale.dtype
+
+
 def pack_for_gpu(model: Any) -> int:
     """Replace a model's grid modules in place; returns how many linear layers were replaced.
 
@@ -150,9 +155,9 @@ def pack_for_gpu(model: Any) -> int:
     if grids or isinstance(table, GridEmbedding):
         need("computing with packed weights on a GPU", "triton", extra="gpu")
     for name, layer in grids:
-        model.set_submodule(name, GpuLinear(layer.grid(), layer.bias, layer.scale.dtype))
+        model.set_submodule(name, GpuLinear(layer.grid(), layer.bias, _held(layer)))
     if isinstance(table, GridEmbedding):
-        packed = GpuLinear(table.grid(), None, table.scale.dtype)
+        packed = GpuLinear(table.grid(), None, _held(table))
         model.set_input_embeddings(GpuEmbedding(packed, table.dtype, table.embed_scale))
         if isinstance(model.get_output_embeddings(), SharedHead):
             model.set_output_embeddings(packed)

@@ -10,8 +10,9 @@ bit, in our kernels (bfloat16 minima), in a Q4_1 block of GGUF (float16 minima) 
 int4 layout (bfloat16 offsets at code 8).
 
 In fewer than 8 bits, each row has a step, a power of two: scales are multiples of it, and minima of
-2**(bits - 1) steps, by whole numbers up to 255, which a byte can hold (the scales of llama.cpp's
-K-quants take six bits). Grids with integer zero points, and grids of other formats, have no steps.
+2**(bits - 1) steps, by whole numbers up to 255, which files and kernels hold as bytes (the scales
+of llama.cpp's K-quants take six bits). Grids with integer zero points, and grids of other formats,
+have no steps.
 """
 
 from __future__ import annotations
@@ -97,6 +98,39 @@ class Grid:
         return flat
 
 
+@dataclass(frozen=True)
+class Lines:
+    """Scales and minima of a grid as whole numbers of their row's step."""
+
+    scale: Tensor
+    """uint8 [n, groups]"""
+    minimum: Tensor | None
+    """uint8 [n, groups]: each times -middle steps"""
+    exponent: Tensor
+    """int8 [n]: a row's step is two to the power of it"""
+
+    @classmethod
+    def of(cls, scale: Tensor, minimum: Tensor | None, bits: int) -> Lines | None:
+        """Those of scales and minima [n, groups]; None where they are no whole numbers of steps."""
+        step = row_steps(scale, minimum, bits).unsqueeze(1)
+        counts = [scale / step]
+        if minimum is not None:
+            counts.append(-minimum / (middle(bits) * step))
+        whole = [each.to(torch.uint8) for each in counts]
+        if not all(torch.equal(a.float(), b) for a, b in zip(whole, counts, strict=True)):
+            return None
+        exponent = torch.frexp(step.squeeze(1)).exponent - 1
+        return cls(whole[0], None if minimum is None else whole[1], exponent.to(torch.int8))
+
+    def numbers(self, bits: int) -> tuple[Tensor, Tensor | None]:
+        """The scales and minima, float32 [n, groups] each."""
+        rows = self.exponent.unsqueeze(1)
+        low = None if self.minimum is None else -middle(bits) * self.minimum.float()
+        return torch.ldexp(self.scale.float(), rows), None if low is None else torch.ldexp(
+            low, rows
+        )
+
+
 def joined(grids: Sequence[Grid]) -> Grid:
     """Grids of the same columns, bits and groups as one, row after row."""
     minima = [grid.minimum for grid in grids if grid.minimum is not None]
@@ -117,6 +151,13 @@ def has_steps(bits: int, offset: Offset) -> bool:
     """Whether scales and minima are whole numbers of a step for each row. In 8 bits the error of
     scales in steps would be felt."""
     return bits < 8 and offset != "integer"
+
+
+def bits_beside(bits: int, offset: Offset) -> int:
+    """Bits that a group's scale and offset take in a file, beside codes of `bits` bits."""
+    if has_steps(bits, offset):
+        return 8 if offset == "none" else 16
+    return {"none": 16, "real": 32, "integer": 16 + bits}[offset]
 
 
 def row_steps(scale: Tensor, minimum: Tensor | None, bits: int) -> Tensor:

@@ -12,20 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gateskip.quantization.grid import Grid, pack_bits, row_parts, unpack_bits
+from gateskip.quantization.grid import Grid, Lines, pack_bits, row_parts, unpack_bits
 
 METHOD = "gateskip"
 """The `quant_method` of a folder of such modules."""
 
-STORED = torch.bfloat16  # of scales and minima, which it holds exactly
+STORED = torch.bfloat16  # of scales and minima that are no bytes: it holds them exactly
+IN_STEPS = torch.uint8  # of those that are whole numbers of their row's step
 
 
 class GridLinear(nn.Module):
-    """A linear layer of codes [out, in * bits / 8], scale and minimum [out, in / group]."""
+    """A linear layer of codes [out, in * bits / 8], scale and minimum [out, in / group]. Where
+    these are bytes, `exponent` [out] has the rows' steps (`Lines` of grid.py)."""
 
     codes: Tensor
     scale: Tensor
     minimum: Tensor | None
+    exponent: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -39,7 +42,8 @@ class GridLinear(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         stored: torch.dtype = STORED,
     ) -> None:
-        """Empty buffers of the sizes that a checkpoint fills; `dtype` is the bias's."""
+        """Empty buffers of the sizes that a checkpoint fills; `dtype` is the bias's, `stored` that
+        of scales and minima."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group = bits, group
@@ -48,6 +52,7 @@ class GridLinear(nn.Module):
         self.register_buffer("scale", torch.empty(out_features, groups, dtype=stored))
         low = torch.empty(out_features, groups, dtype=stored) if minimum else None
         self.register_buffer("minimum", low)
+        self.register_buffer("exponent", _exponents(out_features, stored))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype) if bias else None)
 
     @classmethod
@@ -62,8 +67,7 @@ class GridLinear(nn.Module):
 
     def grid(self) -> Grid:
         """The weights as codes, scales and minima."""
-        low = None if self.minimum is None else self.minimum.float()
-        return Grid(unpack_bits(self.codes, self.bits), self.scale.float(), low, self.bits)
+        return read(self.codes, self.scale, self.minimum, self.exponent, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -76,6 +80,7 @@ class GridEmbedding(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    exponent: Tensor | None
     _table: Tensor
 
     def __init__(
@@ -97,11 +102,12 @@ class GridEmbedding(nn.Module):
         self.register_buffer("codes", _empty(num_embeddings, embedding_dim * bits // 8))
         groups = embedding_dim // group
         self.register_buffer("scale", torch.empty(num_embeddings, groups, dtype=stored))
+        self.register_buffer("exponent", _exponents(num_embeddings, stored))
         self.register_buffer("_table", torch.empty(0, dtype=dtype), persistent=False)
 
     def grid(self) -> Grid:
         """The table as codes and scales."""
-        return Grid(unpack_bits(self.codes, self.bits), self.scale.float(), None, self.bits)
+        return read(self.codes, self.scale, None, self.exponent, self.bits)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,15 +164,39 @@ class SharedHead(nn.Module):
 
 def stored(grid: Grid) -> dict[str, Tensor]:
     """A grid's tensors as stored in a file: name after the layer's name -> tensor."""
-    tensors = {"codes": pack_bits(grid.codes, grid.bits), "scale": grid.scale.to(STORED)}
-    if grid.minimum is not None:
-        tensors["minimum"] = grid.minimum.to(STORED)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    codes = {"codes": pack_bits(grid.codes, grid.bits)}
+    return codes | stored_lines(grid.scale, grid.minimum, grid.bits)
+
+
+def stored_lines(scale: Tensor, minimum: Tensor | None, bits: int) -> dict[str, Tensor]:
+    """`stored` of scales and minima [out, groups] alone: bytes and exponents where they are whole
+    numbers of steps in fewer than 8 bits, else bfloat16."""
+    lines = Lines.of(scale, minimum, bits) if bits < 8 else None
+    if lines is None:
+        tensors = {"scale": scale.to(STORED), "minimum": minimum}
+        tensors["minimum"] = None if minimum is None else minimum.to(STORED)
+    else:
+        tensors = {"scale": lines.scale, "minimum": lines.minimum, "exponent": lines.exponent}
+    return {name: part.contiguous() for name, part in tensors.items() if part is not None}
+
+
+def read(
+    codes: Tensor, scale: Tensor, minimum: Tensor | None, exponent: Tensor | None, bits: int
+) -> Grid:
+    """The grid of tensors as stored in a file."""
+    if exponent is None:
+        low = None if minimum is None else minimum.float()
+        return Grid(unpack_bits(codes, bits), scale.float(), low, bits)
+    return Grid(unpack_bits(codes, bits), *Lines(scale, minimum, exponent).numbers(bits), bits)
 
 
 def grids_of(model: Any) -> dict[str, GridLinear]:
     """The grid layers of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, GridLinear)}
+
+
+def _exponents(rows: int, stored: torch.dtype) -> Tensor | None:
+    return torch.empty(rows, dtype=torch.int8) if stored == IN_STEPS else None
 
 
 def _empty(rows: int, columns: int) -> Tensor:

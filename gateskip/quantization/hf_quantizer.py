@@ -19,7 +19,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gateskip.quantization.grid_linear import METHOD, GridEmbedding, GridLinear, SharedHead
+from gateskip.quantization.grid_linear import (
+    IN_STEPS,
+    METHOD,
+    GridEmbedding,
+    GridLinear,
+    SharedHead,
+)
 
 SYMMETRIC_FROM = 6
 """Bits, from which on groups have no minimum: `NO_OFFSET` of the stages that write such folders."""
@@ -38,24 +44,25 @@ class GridConfig(QuantizationConfigMixin):
         embedding: dict[str, Any] | None = None,
         head: dict[str, Any] | None = None,
         scales: str = "bfloat16",
+        steps: bool = False,
         **others: Any,
     ) -> None:
         """`layers` has the bits, group sizes and offsets of layers that differ, `unpacked` the
         names of those that are not packed, `embedding` bits and group size of the embedding, and
         `head` those of an LM head with its own table, where they differ.
         `scales` is the type of scales and minima in the file: float16 where the grids come from
-        another format."""
+        another format. With `steps`, those of fewer than 8 bits are bytes instead, and there are
+        exponents (`Lines` of grid.py)."""
         self.quant_method: Any = METHOD
         self.bits, self.group_size, self.offset = bits, group_size, offset
         self.layers, self.unpacked = layers or {}, unpacked or []
         self.embedding, self.head = embedding, head
-        self.scales = scales
+        self.scales, self.steps = scales, steps
 
-    @property
-    def stored(self) -> torch.dtype:
-        """The type of scales and minima."""
+    def stored(self, bits: int) -> torch.dtype:
+        """The type of scales and minima beside codes of `bits` bits."""
         dtype: torch.dtype = getattr(torch, self.scales)
-        return dtype
+        return IN_STEPS if self.steps and bits < 8 else dtype
 
     def of(self, name: str) -> tuple[int, int]:
         """Bits and group size of a layer."""
@@ -91,8 +98,8 @@ class GridQuantizer(HfQuantizer):
         if outer is not None and head is not None and not tied:
             name = next(name for name, module in model.named_modules() if module is head)
             if name not in config.unpacked:
-                sizes = (outer["bits"], outer["group_size"])
-                model.set_submodule(name, _head(head, *sizes, config.stored))
+                bits, group = outer["bits"], outer["group_size"]
+                model.set_submodule(name, _head(head, bits, group, config.stored(bits)))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         embedding = model.get_input_embeddings()
@@ -127,7 +134,7 @@ def _empty_linear(linear: Any, name: str, config: GridConfig) -> GridLinear:
             config.has_minima(name),
             linear.bias is not None,
             linear.weight.dtype,
-            config.stored,
+            config.stored(bits),
         )
 
 
@@ -137,7 +144,7 @@ def _empty_embedding(embedding: Any, model: Any, config: GridConfig) -> GridEmbe
     grid = (stated["bits"], stated["group_size"])
     scale = getattr(embedding, "scalar_embed_scale", None)
     with torch.device(embedding.weight.device):
-        return GridEmbedding(*sizes, *grid, _dtype(model), config.stored, scale)
+        return GridEmbedding(*sizes, *grid, _dtype(model), config.stored(grid[0]), scale)
 
 
 def _head(linear: Any, bits: int, group: int, stored: torch.dtype) -> GridLinear:

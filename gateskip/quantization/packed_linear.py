@@ -24,14 +24,15 @@ from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Kind, Matrix, PrefillUnit
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
 from gateskip.model.projections import Rows
-from gateskip.quantization.grid import Grid, middle, unpack_bits
+from gateskip.quantization.grid import Grid, Lines, middle, unpack_bits
 from gateskip.quantization.grid_linear import GridLinear
 from gateskip.quantization.tiles import pack_codes, tiles
 
 BITS = (2, 3, 4, 6, 8)  # of a code that has kernels
 ZERO_POINT = 128  # what makes signed bytes unsigned; the kernels take it off again
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
-Parts = tuple[Tensor, Tensor | None, Tensor | None, int]
+Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]
+"""Scale, offset, exponents and table of a layer, and the code whose values the offsets are."""
 Samples = dict[str, tuple["PackedLinear", nn.Module]]
 """One packed layer of each kind and shape: ours, and the library's that it replaces."""
 
@@ -148,7 +149,8 @@ class PackedLinear(nn.Module):
 
     A weight is scale * value(code) + offset. Its value is the codebook's entry (NF4), or the code
     less `middle`, half of 2**bits. All are stored in tiles of 16 rows: see tiles.py. Scales and
-    offsets are in bfloat16 where that holds them exactly, as it does those of a grid.
+    offsets are bytes times the row's step where they are whole numbers of it (`Lines` of grid.py),
+    or else in bfloat16 where that holds them exactly, as it does those of every grid.
     """
 
     codes: Tensor
@@ -156,6 +158,7 @@ class PackedLinear(nn.Module):
     bias: Tensor | None
     _scale: Tensor
     _offset: Tensor | None
+    _exponent: Tensor | None
 
     def __init__(
         self,
@@ -180,10 +183,13 @@ class PackedLinear(nn.Module):
             raise ValueError(f"codes of {bits} bits have no kernels: use 2, 3, 4, 6 or 8 bits")
         self.bits, self.middle = bits, middle(bits)
         self.register_buffer("codes", pack_codes(codes, bits))
-        low = None if offset is None else tiles(offset.float())
-        small, low, self._zero = _compact(tiles(scale.float()), low, self.middle)
-        self.register_buffer("_scale", small)
-        self.register_buffer("_offset", low)
+        low = None if offset is None else offset.float()
+        in_steps = None if bits == 8 or book is not None else _in_steps(scale.float(), low, bits)
+        small, low, exponent, self._zero = in_steps or _compact(scale.float(), low, self.middle)
+        self.register_buffer("_scale", tiles(small))
+        self.register_buffer("_offset", None if low is None else tiles(low))
+        rows = None if exponent is None else tiles(exponent.unsqueeze(1))  # [tiles, 1, 16]
+        self.register_buffer("_exponent", rows)
         self.register_buffer("book", None if book is None else book.float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.float())
         self._rounded_parts: Parts | None = None
@@ -206,7 +212,8 @@ class PackedLinear(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Float32 [tiles, groups, 16]."""
-        return self._scale.float()
+        scale = self._scale.float()
+        return scale if self._exponent is None else torch.ldexp(scale, self._exponent)
 
     @property
     def offset(self) -> Tensor | None:
@@ -214,6 +221,8 @@ class PackedLinear(nn.Module):
         if self._offset is None:
             return None
         low = self._offset.float()
+        if self._exponent is not None:
+            low = torch.ldexp(-self.middle * low, self._exponent)
         return low if self._zero == self.middle else low + self.middle * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -259,19 +268,19 @@ class PackedLinear(nn.Module):
 
     def exact_matrix(self) -> tuple[Matrix, Parts]:
         """The weights, not rounded, without a bias; and the tensors to which the matrix points."""
-        rounded = self.book is None and self._scale.dtype == torch.bfloat16  # as _compact left both
+        rounded = self.book is None and self._scale.dtype != torch.float32
         parts = self.rounded_parts() if rounded else self.float_parts()
         return self._matrix(parts, rounded), parts
 
     def float_parts(self) -> Parts:
-        """Scale, offset, table and zero point for kernels with float32 activations."""
-        return self.scale, self.offset, self.book, self.middle
+        """Parts for kernels with float32 activations."""
+        return self.scale, self.offset, None, self.book, self.middle
 
     def rounded_parts(self) -> Parts:
         """The same for kernels with 8-bit activations.
 
-        Scale and offset are bfloat16. The offset is the value of code 0, or of the middle code
-        where bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
+        Scale and offset are bytes, or bfloat16. The offset is the value of code 0, or of the middle
+        code where bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
         """
         if self._rounded_parts is None:
             self._rounded_parts = self._in_bytes()
@@ -282,14 +291,16 @@ class PackedLinear(nn.Module):
         if self.book is not None:
             largest = self.book.abs().max()
             table = ((self.book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
-            return (self.scale * (largest / 127)).bfloat16(), None, table, ZERO_POINT
+            return (self.scale * (largest / 127)).bfloat16(), None, None, table, ZERO_POINT
+        if self._exponent is not None:
+            return self._scale, low, self._exponent, None, self._zero
         if low is None or low.dtype == torch.bfloat16:
-            return self._scale.bfloat16(), low, None, self._zero
+            return self._scale.bfloat16(), low, None, None, self._zero
         choices = ((low - self.middle * self.scale, 0), (low, self.middle))
         best, zero = min(
             choices, key=lambda choice: float((choice[0].bfloat16() - choice[0]).abs().sum())
         )
-        return self._scale.bfloat16(), best.bfloat16(), None, zero
+        return self._scale.bfloat16(), best.bfloat16(), None, None, zero
 
     def streamed(self, x: Tensor) -> Tensor:
         """`forward` by the compiled kernel, which multiplies in float32 and reads codes once."""
@@ -306,22 +317,35 @@ class PackedLinear(nn.Module):
         return self.codes, self.scale, self.offset, self.book, self.bits, self.out_features
 
 
+def _in_steps(
+    scale: Tensor, offset: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor | None, Tensor, int] | None:
+    """Scales and minima [n, groups] in bytes, the exponents [n] of rows' steps, and the code whose
+    values offsets are; None where they are no whole numbers of steps."""
+    minimum = None if offset is None else offset - middle(bits) * scale
+    lines = Lines.of(scale, minimum, bits)
+    if lines is None:
+        return None
+    return lines.scale, lines.minimum, lines.exponent, middle(bits) if offset is None else 0
+
+
 def _compact(
     scale: Tensor, offset: Tensor | None, middle: int
-) -> tuple[Tensor, Tensor | None, int]:
-    """Scales, offsets, and the code whose values the offsets are. They are in bfloat16 where that
-    holds both exactly. The code is 0 where bfloat16 holds its values, otherwise the middle one."""
+) -> tuple[Tensor, Tensor | None, None, int]:
+    """Scales and offsets, no exponents, and the code whose values the offsets are. They are in
+    bfloat16 where that holds both exactly. The code is 0 where bfloat16 holds its values, otherwise
+    the middle one."""
     small = scale.bfloat16()
     if not torch.equal(small.float(), scale):
-        return scale, offset, middle
+        return scale, offset, None, middle
     if offset is None:
-        return small, None, middle
+        return small, None, None, middle
     for zero in (0, middle):
         shift = (middle - zero) * scale
         low = (offset - shift).bfloat16()
         if torch.equal(low.float() + shift, offset):
-            return small, low, zero
-    return scale, offset, middle
+            return small, low, None, zero
+    return scale, offset, None, middle
 
 
 def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, int]:

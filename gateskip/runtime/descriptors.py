@@ -266,7 +266,7 @@ class Descriptors:
             else:
                 weight = weight[rows.first :]
         biased = None if bias is None else self._floats(bias)
-        return Matrix(kind, n, k, k, 0, *place, self._at(weight), None, None, None, biased)
+        return Matrix(kind, n, k, k, 0, *place, self._at(weight), bias=biased)
 
     def packed(self, module: PackedLinear, rounded: bool) -> Matrix:
         """A packed layer; `rounded` multiplies with activations of 8 bits."""
@@ -301,9 +301,9 @@ class Descriptors:
             return self._matrix(module)
         n, k = module.weight.shape
         codes, scales = zip(*map(_head_bytes, module.weight.split(ROWS)), strict=True)
-        parts = (torch.cat(codes), torch.cat(scales), None, None, module.bias)
-        whole = (self._maybe(x) for x in parts)
-        return Matrix(Kind.INT8_A8, n, k, BLOCK, ZERO_POINT, n, n, *whole)
+        whole = (self._at(torch.cat(codes)), self._at(torch.cat(scales)))
+        bias = self._maybe(module.bias)
+        return Matrix(Kind.INT8_A8, n, k, BLOCK, ZERO_POINT, n, n, *whole, bias=bias)
 
     def _embedding(self, model: Any) -> abi.Embedding:
         """The embedding: rows of a table in the model's type, or of a packed one."""

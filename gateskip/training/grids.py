@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gateskip.quantization.grid import Grid, exact_minimum, exact_scale, pack_bits
+from gateskip.quantization.grid import (
+    Grid,
+    Lines,
+    exact_minimum,
+    exact_scale,
+    minimum_in_steps,
+    pack_bits,
+    row_steps,
+    scale_in_steps,
+)
+from gateskip.quantization.grid_linear import stored_lines
 
 WITHIN = 0.3
 """The largest distance, in steps of the grid, of a weight's first position from its code. At half a
@@ -46,6 +56,7 @@ class ScaledGrid(nn.Module):
         self.register_buffer("scale", grid.scale)
         self.register_buffer("offset", grid.offset())
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.in_steps = self.bits < 8 and Lines.of(grid.scale, grid.minimum, grid.bits) is not None
         self.gain = nn.Parameter(torch.ones_like(grid.scale))
         self.shift = None if self.offset is None else nn.Parameter(torch.zeros_like(grid.scale))
 
@@ -57,16 +68,19 @@ class ScaledGrid(nn.Module):
         return scale, self.offset + self.scale * self.shift
 
     def tensors(self) -> dict[str, Tensor]:
-        """The current scales and minima, rounded to numbers that the format holds."""
-        raw, offset = self.learned()
-        raw, offset = raw.detach(), None if offset is None else offset.detach()
-        scale = exact_scale(raw.clamp_min(0))
-        if offset is None:
-            return {"scale": scale}
-        return {
-            "scale": scale,
-            "minimum": exact_minimum(offset - self.middle * raw, scale, self.bits),
-        }
+        """The current scales and minima, rounded to numbers that the format holds, as stored."""
+        raw, offset = (None if part is None else part.detach() for part in self.learned())
+        assert raw is not None, "every grid has scales"
+        scale = raw.clamp_min(0)
+        low = None if offset is None else offset - self.middle * raw
+        if not self.in_steps:
+            scale = exact_scale(scale)
+            low = None if low is None else exact_minimum(low, scale, self.bits)
+            return stored_lines(scale, low, self.bits)
+        step = row_steps(scale, low, self.bits).unsqueeze(1)
+        scale = scale_in_steps(scale, step)
+        low = None if low is None else minimum_in_steps(low, scale, step, self.bits)
+        return stored_lines(scale, low, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

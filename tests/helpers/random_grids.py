@@ -7,18 +7,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
+from gateskip.quantization.grid import (
+    Grid,
+    exact_minimum,
+    exact_scale,
+    has_steps,
+    minimum_in_steps,
+    row_steps,
+    scale_in_steps,
+)
 from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedHead, stored
 from gateskip.quantization.rounding import round_to_grid
 
 
 def random_grid(bits: int, group: int, offset: bool, n: int = 41, k: int = 384) -> Grid:
-    """All codes, in rows that fill no whole tile."""
+    """All codes, in rows that fill no whole tile; in fewer than 8 bits lines are whole steps."""
     generator = torch.Generator().manual_seed(bits * group)
     codes = torch.randint(0, 1 << bits, (n, k), generator=generator).to(torch.uint8)
     scale = exact_scale((torch.rand(n, k // group, generator=generator) + 0.1) / (1 << bits))
     low = -torch.rand(n, k // group, generator=generator)
-    return Grid(codes, scale, exact_minimum(low, scale, bits) if offset else None, bits)
+    minimum = exact_minimum(low, scale, bits) if offset else None
+    if has_steps(bits, "real"):
+        step = row_steps(scale, minimum, bits).unsqueeze(1)
+        scale = scale_in_steps(scale, step)
+        if minimum is not None:
+            minimum = minimum_in_steps(minimum, scale, step, bits)
+    return Grid(codes, scale, minimum, bits)
 
 
 def on_grids(model: Any, bits: dict[str, int], embedding: int, group: int = 32) -> Any:

@@ -79,9 +79,9 @@ def grid_blocks(
     for stored in sorted(name for name in where if name.endswith(CODES)):
         module = stored.removesuffix(CODES)
         bits = bits_of(module, config["quantization_config"])
-        codes, scale, minimum = (read(f"{module}.{part}") for part in ("codes", "scale", "minimum"))
+        codes, scale, *others = (read(f"{module}.{part}") for part in GRID)
         assert codes is not None and scale is not None, f"{module} is a whole grid"
-        yield f"{module}.weight", *as_blocks(module, codes, scale, minimum, bits)
+        yield f"{module}.weight", *as_blocks(module, codes, scale, *others, bits)
 
 
 def gptq_blocks(folder: Path) -> Iterator[tuple[str, str, NDArray[numpy.uint8]]]:
@@ -112,13 +112,12 @@ def bits_of(module: str, quantization: dict[str, Any]) -> int:
     return int(layer.get("bits", quantization["bits"]))
 
 
-def as_blocks(
-    module: str, packed: Tensor, scale: Tensor, minimum: Tensor | None, bits: int
-) -> tuple[str, NDArray[numpy.uint8]]:
-    """A grid's tensors of a folder as blocks: their type and rows [n, bytes]."""
-    from gateskip.quantization.grid import unpack_bits
+def as_blocks(module: str, *stored: Any) -> tuple[str, NDArray[numpy.uint8]]:
+    """A grid's tensors of a folder and its bits as blocks: their type and rows [n, bytes]."""
+    from gateskip.quantization.grid_linear import read
 
-    return _written(module, unpack_bits(packed, bits), scale, minimum, bits)
+    grid = read(*stored)
+    return _written(module, grid.codes, grid.scale, grid.minimum, grid.bits)
 
 
 def _written(

@@ -52,6 +52,7 @@ def _replaced(job: StageJob, grids: Mapping[str, Stored]) -> Iterator[tuple[str,
             yield from ((module + key, part) for key, part in grid.items())
 
 
+TABLE_GROUP = 32  # weights of an embedding or LM head that share a scale
 HEADER = 400  # bytes of a packed layer in a file's header and the config, at most
 
 
@@ -72,9 +73,16 @@ def bytes_beside(job: StageJob, packed: set[str], tables: Mapping[str, int]) -> 
                 if module in packed:
                     continue
                 plain = 32 if job.dtype == "float32" else 16
-                bits = tables[module] + 0.5 if module in tables else plain
+                bits = stored_table_bits(tables[module]) if module in tables else plain
                 total += int(math.prod(shape) * bits / 8) + HEADER
     return total
+
+
+def stored_table_bits(bits: int) -> float:
+    """Bits of a weight of a packed embedding or LM head in a file, with its share of the scale."""
+    from gateskip.quantization.grid import bits_beside
+
+    return bits + bits_beside(bits, "none") / TABLE_GROUP
 
 
 def as_gptq(grid: Grid, older: bool = False) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from compose.stages.quantize.grid_folder import (
     as_gptq,
     bytes_beside,
     gptq_config,
+    stored_table_bits,
     write_grids,
 )
 from compose.stages.quantize.linears import (
@@ -96,7 +97,7 @@ class Allocate(BaseModel):
 class Integers(Stage):
     """Round linear layers to integers with a scale, and a minimum, for every group of weights."""
 
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     role: ClassVar[Role] = "quantize"
     bits: ClassVar[Bits]
     """Bits of one weight."""
@@ -226,8 +227,8 @@ class Integers(Stage):
         return UNPACKED if self.skip else max(self.bits, *self.mixed.values(), *among, 0)
 
     def stored_bits(self, shape: ModelShape) -> StoredBits | None:
-        """Codes; for each group a 16-bit scale, with a 16-bit minimum or a zero point; and the
-        embedding's codes and scales."""
+        """Codes, with a scale and an offset for each group; and the embedding's codes and
+        scales."""
         if self.mixed or self.skip or (self.allocate and self.allocate.size_mb is not None):
             return None
         values = shape.value_share * (self._in_file(self.value_bits()) - self._in_file(self.bits))
@@ -237,7 +238,7 @@ class Integers(Stage):
         if self.embedding is None:
             return StoredBits(layers)
         tables = self.table_bits(shape.tie_embeddings)
-        return StoredBits(layers, sum(tables) / len(tables) + 16 / 32)
+        return StoredBits(layers, sum(map(stored_table_bits, tables)) / len(tables))
 
     def table_bits(self, tied: bool) -> list[int]:
         """Bits of the table of a tied model, or of the embedding and of the LM head."""
@@ -248,8 +249,9 @@ class Integers(Stage):
 
     def _in_file(self, bits: int) -> float:
         """Bits of a weight, with its share of the group's scale and offset."""
-        beside = {"none": 16, "real": 32, "integer": 16 + bits}[self.grid_offset(bits)]
-        return bits + beside / self.group_size
+        from gateskip.quantization.grid import bits_beside
+
+        return bits + bits_beside(bits, self.grid_offset(bits)) / self.group_size
 
     def held(self) -> float:
         """The mapped file, and the layers rounded so far; or the model in float32."""
@@ -486,6 +488,7 @@ class Integers(Stage):
             "bits": self.bits,
             "group_size": self.group_size,
             "offset": self.grid_offset(min(self.bits, 4)),
+            "steps": True,
             "layers": layers,
             "unpacked": [name for name in linears if name not in how and name not in head],
             "embedding": {"bits": tables[0], "group_size": 32} if tables else None,
@@ -521,7 +524,7 @@ class WithOffset(Integers):
     """Base of `int4`, `int3` and `int2`: an offset for each group, and more bits for value
     projections."""
 
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
 
     offset: Literal["real", "integer"] = "real"
     """Offset of each group of weights: a minimum as in GGUF's Q4_1 (`real`), or an integer zero
@@ -615,10 +618,13 @@ class Int2(WithOffset):
 
 
 def grid_bytes(linear: Any, how: Rounding) -> int:
-    """Bytes of a linear layer's grid in a file."""
-    per_group = 4 if how.offset == "real" else 2
+    """Bytes of a linear layer's grid in a file: codes, scales and offsets, and rows' exponents."""
+    from gateskip.quantization.grid import bits_beside
+
     weights: int = linear.weight.numel()
-    return weights * how.bits // 8 + weights // how.group * per_group
+    lines = weights // how.group * bits_beside(how.bits, how.offset) // 8
+    rows: int = linear.out_features
+    return weights * how.bits // 8 + lines + rows
 
 
 def _label(how: Rounding) -> str:

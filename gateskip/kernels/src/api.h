@@ -19,7 +19,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 18 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 19 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -102,6 +102,8 @@ typedef struct Matrix {
   const void* weights; /* [n, k], or codes: the first row's */
   const void* scale;   /* [tiles, k / group, 16] float32, bfloat16 for A8 kinds; null for dense kinds */
   const void* offset;  /* as scale, or null */
+  const int8_t* exponent; /* [tiles, 16], or null. Of A8 kinds: with it scales are bytes, each times 2^exponent of the
+                             row, and offsets are bytes, each times -2^(b - 1 + exponent) */
   const void* table;   /* INT4_TABLE: 16 floats; INT4_TABLE_A8: 16 bytes, each 128 too large */
   const float* bias;   /* [n], or null */
 } Matrix;

@@ -357,18 +357,27 @@ def test_integer_grids_are_written_as_they_are(
 def test_a_file_that_we_wrote_and_keep_is_the_folder_again(
     tiny_llama: Path, grid_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Codes byte for byte; scales and minima in float16 what they were in bfloat16."""
+    """Codes byte for byte; scales and minima in float16 what they were in bytes and steps."""
     from safetensors.torch import load_file
 
     from compose.artifacts.gguf.read import write_folder
+    from gateskip.quantization.grid_linear import read
 
     folder = grid_folder(tiny_llama, "int4")
     write_gguf(folder, tmp_path / "a.gguf", None)
     write_folder(tmp_path / "a.gguf", tmp_path / "again", keep_blocks=True)
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
+    steps = {name for name in before if name.endswith(".exponent")}
+    assert steps and after.keys() == before.keys() - steps
+    for name in (name for name in steps if "layers" in name and "v_proj" not in name):
+        parts = [name.replace("exponent", part) for part in ("codes", "scale", "minimum")]
+        was, now = (
+            read(*(file[part] for part in parts), file.get(name), 4) for file in (before, after)
+        )
+        assert torch.equal(was.scale, now.scale) and torch.equal(was.weight(), now.weight())
     assert after["model.layers.0.mlp.up_proj.minimum"].dtype == torch.float16
+    plain = [name for name in after if not name.endswith((".scale", ".minimum"))]
+    assert all(torch.equal(before[name], after[name]) for name in plain)
 
 
 def test_grids_that_have_no_blocks_are_refused(
@@ -387,11 +396,11 @@ def test_grids_that_have_no_blocks_are_refused(
         refuse(folder, config)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     weights = load_file(copy / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.scale"] *= 1e-9
+    weights["model.layers.2.mlp.up_proj.exponent"] -= 30
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=r"layers\.2\.mlp\.up_proj: float16, which GGUF needs"):
         write_gguf(copy, tmp_path / "a.gguf", None)
     codes, scale = torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1)
     with pytest.raises(ArtifactError, match="no GGUF block has 8 bits and a minimum"):
-        as_blocks("x", codes, scale, scale, 8)
+        as_blocks("x", codes, scale, scale, None, 8)
     assert not (tmp_path / "a.gguf").exists()

@@ -83,11 +83,13 @@ int code_at(const std::vector<uint8_t>& codes, int bits, int k, int row, int col
 
 // A packed weight of some kind, its Matrix, and what it stands for
 struct Packed {
-  std::vector<uint8_t> codes, bytes;
+  std::vector<uint8_t> codes, bytes, scale_bytes, offset_bytes;
+  std::vector<int8_t> exponents;
   std::vector<float> scale, offset, table, weights;
   std::vector<uint16_t> small_scale, small_offset;
   Matrix matrix{};
-  Packed(int n, int k, int group, int kind, bool shifted, int zero = -1) : weights(size_t(n) * k) {
+  Packed(int n, int k, int group, int kind, bool shifted, int zero = -1, bool in_steps = false)
+      : weights(size_t(n) * k) {
     const bool rounded = kind >= INT2_A8;
     const bool looked_up = kind == INT4_TABLE || kind == INT4_TABLE_A8;
     const int tiles = (n + 15) / 16, groups = k / group;
@@ -99,6 +101,17 @@ struct Packed {
     if (rounded) small_scale = to_bf16(scale), small_offset = to_bf16(offset);
     for (size_t i = 0; i < small_scale.size(); i++) scale[i] = to_float(small_scale[i]);
     for (size_t i = 0; i < small_offset.size(); i++) offset[i] = to_float(small_offset[i]);
+    if (in_steps) {
+      for (int i = 0; i < tiles * 16; i++) exponents.push_back(int8_t(-14 - i % 5));
+      auto count = [&](std::vector<uint8_t>& bytes, std::vector<float>& numbers, float by) {
+        bytes.resize(numbers.size());
+        for (size_t i = 0; i < numbers.size(); i++) {
+          bytes[i] = uint8_t(generator());
+          numbers[i] = by * bytes[i] * std::ldexp(1.0f, exponents[i / (groups * 16) * 16 + i % 16]);
+        }
+      };
+      count(scale_bytes, scale, 1), count(offset_bytes, offset, -float(1 << (bits - 1)));
+    }
     if (looked_up) {
       for (int i = 0; i < 16; i++) bytes.push_back(uint8_t(i * 16 + 3)), table.push_back(float(i * 16 + 3 - 128));
     }
@@ -114,6 +127,10 @@ struct Packed {
     matrix.zero = looked_up ? 128 : zero;
     matrix.scale = rounded ? static_cast<const void*>(small_scale.data()) : scale.data();
     if (shifted) matrix.offset = rounded ? static_cast<const void*>(small_offset.data()) : offset.data();
+    if (in_steps) {
+      matrix.scale = scale_bytes.data(), matrix.exponent = exponents.data();
+      if (shifted) matrix.offset = offset_bytes.data();
+    }
     if (looked_up) matrix.table = rounded ? static_cast<const void*>(bytes.data()) : table.data();
   }
 };
@@ -197,7 +214,9 @@ void products() {
         for (int k : {32, 96, 192}) {
           if (shifted && (kind == INT4_TABLE || kind == INT4_TABLE_A8)) continue;
           const bool rounded = kind >= INT2_A8;
-          const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted, rounded && shifted && n % 2 ? 0 : -1);
+          const bool in_steps = rounded && k > 32 && kind != INT4_TABLE_A8 && kind != INT8_A8;
+          const bool from_zero = rounded && shifted && (in_steps || n % 2);
+          const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted, from_zero ? 0 : -1, in_steps);
           for (int rows : {1, 5, 9}) check_product(rounded ? "bytes" : "packed", w.matrix, w.weights, rows, rounded ? 0.03f : 1e-4f, arena.get());
           if (!shifted && w.table.empty()) check_embedded(w.matrix, w.weights);
           for (int rows : {1, 9, 49})

@@ -10,11 +10,12 @@ import torch
 from random_grids import MIXED, on_grids, random_grid
 from torch import Tensor
 
-from gateskip.kernels import ops
+from gateskip.kernels import abi, ops
 from gateskip.kernels.abi import Kind, PrefillUnits
 from gateskip.model.projections import Rows
 from gateskip.quantization import packed_linear
 from gateskip.quantization.folders import load_model
+from gateskip.quantization.grid import Lines
 from gateskip.quantization.packed_linear import (
     PackedLinear,
     accelerate_linears,
@@ -142,6 +143,28 @@ def as_decoded(layer: PackedLinear, x: Tensor) -> Tensor:
     matrix = layer._matrix(layer.rounded_parts(), True)
     matrix.bias = None if layer.bias is None else layer.bias.data_ptr()
     return ops.multiply(matrix, x.float(), ops.Arena()).bfloat16()
+
+
+@every_grid
+def test_lines_in_bytes_give_the_bits_of_lines_in_bfloat16(
+    bits: int, group: int, offset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of decoding and of prompts, and rows that an embedding reads."""
+    layer, x = prompt_layer(bits, group, offset), inputs(19).bfloat16()
+    monkeypatch.setattr(Lines, "of", lambda *_: None)
+    wide = prompt_layer(bits, group, offset)
+    assert wide._exponent is None and (layer._exponent is None) == (bits == 8)
+    assert torch.equal(as_decoded(layer, x), as_decoded(wide, x))
+    assert torch.equal(layer(x), wide(x))
+    with rounding():
+        assert torch.equal(layer(x), wide(x))
+        part = Rows(first=16, count=16, run=16, stride=16)
+        assert torch.equal(layer.part(x, part), wide.part(x, part))
+    if not offset:
+        tokens = torch.tensor([40, 3, 17], dtype=torch.int32)
+        each = (abi.Embedding(one.exact_matrix()[0], 0, 1.0) for one in (layer, wide))
+        first, second = (ops.embed(how, tokens) for how in each)
+        assert torch.equal(first, second)
 
 
 @every_grid

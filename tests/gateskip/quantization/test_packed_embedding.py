@@ -54,12 +54,12 @@ def test_rows_are_those_of_the_unpacked_table(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exact", [True, False])
 def test_part_of_a_row_is_read_from_any_number_on(dtype: torch.dtype, exact: bool) -> None:
-    """Scales that bfloat16 does not hold stay in float32."""
+    """Scales that neither bytes nor bfloat16 hold stay in float32."""
     grid = random_grid(6, 32, offset=False)
     if not exact:
         grid = Grid(grid.codes, grid.scale * (1 + 2**-12), None, 6)
     layer = PackedLinear.of(grid)
-    assert (layer._scale.dtype == torch.bfloat16) == exact
+    assert layer._scale.dtype == (torch.uint8 if exact else torch.float32)
     matrix, _parts = layer.exact_matrix()
     embedding = abi.Embedding(matrix, int(dtype == torch.bfloat16), 1.0)
     found = ops.embed(embedding, torch.tensor([33, 2], dtype=torch.int32))
@@ -107,9 +107,11 @@ def decoded(model: Any) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_offsets_come_back_exactly(bits: int) -> None:
-    """A grid's scales and minima are kept in two bytes each, and give its weights to the bit."""
+    """A grid's scales and minima are kept in a byte each, in 8 bits in two, and give its weights to
+    the bit."""
     grid = random_grid(bits, 32, offset=True)
     layer = PackedLinear.of(grid)
-    assert layer._scale.dtype == layer._offset.dtype == torch.bfloat16
+    kept = torch.bfloat16 if bits == 8 else torch.uint8
+    assert layer._scale.dtype == layer._offset.dtype == kept
     assert layer.rounded_parts()[0] is layer._scale and layer.rounded_parts()[1] is layer._offset
     assert torch.equal(layer.offset, tiles(grid.offset()))

@@ -87,8 +87,9 @@ static inline void round_to_int8(const float* x, int k, int group, int zero, con
 // Codes are 0 or more, since the instructions multiply unsigned with signed bytes.
 struct PackedA8 {
   const uint8_t* weights;  // codes, [tiles, k / BLOCK, bits, ROWS_PER_TILE, 4]
-  const uint16_t* scale;   // [tiles, k / group, ROWS_PER_TILE] bfloat16
-  const uint16_t* offset;  // the same, or null: what a group adds for each unit of activation
+  const void* scale;       // [tiles, k / group, ROWS_PER_TILE] bfloat16, or bytes where there are exponents
+  const void* offset;      // the same, or null: what a group adds for each unit of activation
+  const int8_t* exponent;  // [tiles, ROWS_PER_TILE], or null
   const uint8_t* table;    // [16] for TABLE
   int n, k, group;
 };
@@ -113,7 +114,7 @@ static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, i
       const int8_t* values = x.values[part] + b * BLOCK;
       const float* steps = x.scale[part] + b;
       const int32_t* correction = x.correction[part] + b;
-      const FloatV scale = load_bf16_v(w.scale + scales_of_tile + b / in_group * ROWS_PER_TILE);
+      const FloatV scale = load_lines_v(w.scale, scales_of_tile + b / in_group * ROWS_PER_TILE, w.exponent);
       IntV sum[rows], vectors[bits];
 #pragma GCC unroll 8
       for (int r = 0; r < rows; r++) sum[r] = repeat_v(correction[r * blocks]);
@@ -142,13 +143,15 @@ static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, i
       for (int r = 0; r < rows; r++)
         total[r] = fma_v(to_floats_v(sum[r]), multiply_v(scale, repeat_v(steps[r * blocks])), total[r]);
     }
+    const float by = w.exponent ? offset_steps(coding) : 1;
     for (int g = 0; w.offset && g < groups; g++) {
-      const FloatV offset = load_bf16_v(w.offset + scales_of_tile + g * ROWS_PER_TILE);
+      const FloatV offset = load_lines_v(w.offset, scales_of_tile + g * ROWS_PER_TILE, w.exponent);
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; r++) total[r] = fma_v(offset, repeat_v(x.sums[r * groups + g]), total[r]);
+      for (int r = 0; r < rows; r++) total[r] = fma_v(offset, repeat_v(by * x.sums[r * groups + g]), total[r]);
     }
+    const FloatV step = w.exponent ? load_steps_v(w.exponent + tile * ROWS_PER_TILE + half) : repeat_v(1.0f);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) store_v(y[r] + half, total[r]);
+    for (int r = 0; r < rows; r++) store_v(y[r] + half, multiply_v(total[r], step));
   }
 }
 #endif

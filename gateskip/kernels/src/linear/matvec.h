@@ -144,8 +144,9 @@ inline void unpack_numbers(const Matrix& w, int n, int first, int last, Use use)
   for (int i = first / 4 * 4; i < last; i += 4) {
     const uint32_t four = four_at<coding>(q + int64_t(i / BLOCK) * block, i % BLOCK / 4);
     const int64_t place = (tile * groups + i / w.group) * ROWS_PER_TILE + row;
-    const float scale = rounds(w) ? bf16_to_float(static_cast<const uint16_t*>(w.scale)[place])
-                                  : static_cast<const float*>(w.scale)[place];
+    const float scale = w.exponent ? step_of(w.exponent[n]) * static_cast<const uint8_t*>(w.scale)[place]
+                        : rounds(w) ? bf16_to_float(static_cast<const uint16_t*>(w.scale)[place])
+                                    : static_cast<const float*>(w.scale)[place];
     for (int j = std::max(i, first); j < std::min(i + 4, last); j++)
       use(j, scale * float(int(four >> 8 * (j - i) & 255) - middle));
   }

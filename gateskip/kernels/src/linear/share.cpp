@@ -97,8 +97,9 @@ void Share::rows_of_tile(const Matrix& w, int n, const Input& in, int r, int64_t
 template <int rows>
 void Share::packed_a8(const Matrix& w, int tile, int r, int64_t ahead, float (*y)[ROWS_PER_TILE]) const {
   const PackedA8 weights{static_cast<const uint8_t*>(w.weights),
-                         static_cast<const uint16_t*>(w.scale),
-                         static_cast<const uint16_t*>(w.offset),
+                         w.scale,
+                         w.offset,
+                         w.exponent,
                          static_cast<const uint8_t*>(w.table),
                          w.n, w.k, w.group};
   const Activations8 x = bytes_.row(r, w.k, w.group);

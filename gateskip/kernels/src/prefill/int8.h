@@ -135,9 +135,12 @@ struct Bytes {
   static int64_t bytes(const Matrix& w) { return ROWS_PER_TILE * (w.k + 2 * sizeof(float) * (w.k / w.group)); }
 };
 
-const float* widened(const void* from, int64_t place, int64_t count, float* to) {
-  const uint16_t* bf16 = static_cast<const uint16_t*>(from) + place;
-  for (int64_t i = 0; i < count; i += SIMD_WIDTH) store_v(to + i, load_bf16_v(bf16 + i));
+// A tile's scales or offsets in floats; `by` is what bytes are multiplied by beside their row's step
+const float* widened(const Matrix& w, const void* from, int64_t tile, float by, float* to) {
+  const int64_t count = w.k / w.group * ROWS_PER_TILE;
+  const __m512 step = w.exponent ? multiply_v(load_steps_v(w.exponent + tile * ROWS_PER_TILE), repeat_v(by)) : repeat_v(1.0f);
+  for (int64_t i = 0; i < count; i += SIMD_WIDTH)
+    store_v(to + i, multiply_v(load_lines_v(from, tile * count + i, w.exponent), step));
   return to;
 }
 
@@ -218,8 +221,8 @@ void multiply_panel_of_bytes(const Matrix& w, int n, char* x, int64_t rows, char
       uint8_t* codes = reinterpret_cast<uint8_t*>(panel);
       float* floats = reinterpret_cast<float*>(panel + w.k * ROWS_PER_TILE);
       if (coding != BITS8) unpack_bytes<coding.value>(w, q, codes);
-      at[v] = {coding == BITS8 ? q : codes, widened(w.scale, tile * scales, scales, floats),
-               w.offset ? widened(w.offset, tile * scales, scales, floats + scales) : nullptr};
+      at[v] = {coding == BITS8 ? q : codes, widened(w, w.scale, tile, 1, floats),
+               w.offset ? widened(w, w.offset, tile, offset_steps(coding), floats + scales) : nullptr};
     });
   for (int64_t r = 0; r < rows; r += ROWS_OF_BYTES)
     multiply_bytes<tiles>(w, RowsOfBytes::at(w, x, r / ROWS_OF_BYTES), at,

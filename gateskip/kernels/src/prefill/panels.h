@@ -16,9 +16,9 @@ __m512i pairing() {
   return _mm512_loadu_si512(order);
 }
 
-// Sixteen of a packed matrix' scales or offsets
-__m512 sixteen(const Matrix& w, const void* from, int64_t place) {
-  return rounds(w) ? load_bf16_v(static_cast<const uint16_t*>(from) + place)
+// Sixteen of a packed matrix' scales or offsets; `step` is that of bytes
+__m512 sixteen(const Matrix& w, const void* from, int64_t place, __m512 step) {
+  return rounds(w) ? multiply_v(load_lines_v(from, place, w.exponent), step)
                    : _mm512_loadu_ps(static_cast<const float*>(from) + place);
 }
 
@@ -48,9 +48,11 @@ void unpack_pairs(const Matrix& w, int64_t tile, uint32_t* to, int stride) {
   const __m512 table = coding == TABLE ? entries(w) : _mm512_setzero_ps();
   const __m512i order = pairing();
   const __m512 less = _mm512_set1_ps(coding == TABLE ? 0 : -(MORE + w.zero));
+  const __m512 step = w.exponent ? load_steps_v(w.exponent + tile * ROWS_PER_TILE) : repeat_v(1.0f);
+  const __m512 down = w.exponent ? multiply_v(step, repeat_v(offset_steps(coding))) : step;
   for (int64_t g = 0; g < groups; g++) {
-    const __m512 scale = sixteen(w, w.scale, place + g * ROWS_PER_TILE);
-    const __m512 offset = w.offset ? sixteen(w, w.offset, place + g * ROWS_PER_TILE) : _mm512_setzero_ps();
+    const __m512 scale = sixteen(w, w.scale, place + g * ROWS_PER_TILE, step);
+    const __m512 offset = w.offset ? sixteen(w, w.offset, place + g * ROWS_PER_TILE, down) : _mm512_setzero_ps();
     const __m512 base = _mm512_fmadd_ps(scale, less, offset);
     for (int b = 0; b < w.group; b += BLOCK, q += bits * VECTOR_BYTES) {
       IntV vectors[bits];

@@ -37,9 +37,13 @@ static inline FloatV to_floats_v(IntV v) { return _mm512_cvtepi32_ps(v); }
 static inline FloatV multiply_v(FloatV a, FloatV b) { return _mm512_mul_ps(a, b); }
 static inline FloatV fma_v(FloatV a, FloatV b, FloatV c) { return _mm512_fmadd_ps(a, b, c); }
 static inline void store_v(float* p, FloatV v) { _mm512_storeu_ps(p, v); }
+static inline FloatV load_v(const float* p) { return _mm512_loadu_ps(p); }
 static inline FloatV load_bf16_v(const uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+static inline FloatV load_u8_v(const uint8_t* p) {
+  return to_floats_v(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 template <Coding coding>
 static inline IntV dot_bytes(IntV sum, IntV w, IntV x) {
@@ -71,6 +75,7 @@ static inline FloatV to_floats_v(IntV v) { return _mm256_cvtepi32_ps(v); }
 static inline FloatV multiply_v(FloatV a, FloatV b) { return _mm256_mul_ps(a, b); }
 static inline FloatV fma_v(FloatV a, FloatV b, FloatV c) { return _mm256_fmadd_ps(a, b, c); }
 static inline void store_v(float* p, FloatV v) { _mm256_storeu_ps(p, v); }
+static inline FloatV load_v(const float* p) { return _mm256_loadu_ps(p); }
 static inline FloatV load_bf16_v(const uint16_t* p) { return (__m256)load(p); }
 // Pairs are summed in 16 bits, which two products of whole bytes would overflow: those are made
 // signed, and their signs move to x.
@@ -101,6 +106,7 @@ static inline FloatV to_floats_v(IntV v) { return to_floats(v); }
 static inline FloatV multiply_v(FloatV a, FloatV b) { return a * b; }
 static inline FloatV fma_v(FloatV a, FloatV b, FloatV c) { return fma(a, b, c); }
 static inline void store_v(float* p, FloatV v) { store(p, v); }
+static inline FloatV load_v(const float* p) { return load(p); }
 static inline FloatV load_bf16_v(const uint16_t* p) { return load(p); }
 // Instructions for bytes of both kinds, for signed ones, or neither
 template <Coding coding>
@@ -130,6 +136,26 @@ constexpr int taken_off(Coding) { return 0; }
 constexpr int taken_off(Coding coding) { return whole_bytes(coding) ? 128 : 0; }
 #endif
 #endif
+
+#ifndef GATESKIP_WIDE
+static inline FloatV load_u8_v(const uint8_t* p) {
+  uint64_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return (FloatV)to_floats(ints_of(bytes));
+}
+#endif
+
+static inline FloatV load_steps_v(const int8_t* exponents) {
+  float steps[SIMD_WIDTH];
+  for (int i = 0; i < SIMD_WIDTH; i++) steps[i] = step_of(exponents[i]);
+  return load_v(steps);
+}
+
+// Scales or offsets of some rows of a tile, from `place` on: bytes, or bfloat16 numbers
+static inline FloatV load_lines_v(const void* from, int64_t place, bool bytes) {
+  return bytes ? load_u8_v(static_cast<const uint8_t*>(from) + place)
+               : load_bf16_v(static_cast<const uint16_t*>(from) + place);
+}
 
 // Bits of every byte, moved and the others cleared: one instruction where the processor has one for it
 #ifdef GATESKIP_NEON

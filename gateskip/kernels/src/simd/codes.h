@@ -27,7 +27,7 @@ static inline Coding coding_of(int bits, bool table) {
   return table ? TABLE : bits == 8 ? BITS8 : bits == 6 ? BITS6 : bits == 3 ? BITS3 : bits == 2 ? BITS2 : BITS4;
 }
 
-// Whether a matrix meets activations of 8 bits; scales and offsets are bfloat16 then
+// Whether a matrix meets activations of 8 bits; scales and offsets are bfloat16 then, or bytes
 inline bool rounds(const Matrix& w) { return w.kind >= INT2_A8; }
 
 // Of a packed matrix
@@ -41,6 +41,17 @@ inline Coding coding_of(const Matrix& w) {
     default: return BITS8;
   }
 }
+
+// A row's step, which bytes of its scales are multiplied by
+static inline float step_of(int8_t exponent) {
+  const uint32_t bits = uint32_t(exponent + 127) << 23;
+  float step;
+  std::memcpy(&step, &bits, sizeof step);
+  return step;
+}
+
+// What a byte of an offset is multiplied by beside its row's step
+constexpr float offset_steps(Coding coding) { return -float(1 << (bits_of(coding) - 1)); }
 
 // Call `use` with the coding as a type, whose `value` is known to the compiler
 template <class Use>
