@@ -125,10 +125,10 @@ class Lines:
     def numbers(self, bits: int) -> tuple[Tensor, Tensor | None]:
         """The scales and minima, float32 [n, groups] each."""
         rows = self.exponent.unsqueeze(1)
-        low = None if self.minimum is None else -middle(bits) * self.minimum.float()
-        return torch.ldexp(self.scale.float(), rows), None if low is None else torch.ldexp(
-            low, rows
-        )
+        scale = torch.ldexp(self.scale.float(), rows)
+        if self.minimum is None:
+            return scale, None
+        return scale, torch.ldexp(-middle(bits) * self.minimum.float(), rows)
 
 
 def joined(grids: Sequence[Grid]) -> Grid:
