@@ -29,7 +29,7 @@ def kl_by_offset(dense: Path, layers: Mapping[str, tuple[int, int]]) -> dict[str
     """
     import torch
 
-    from gateskip.quantization.grid import Offset
+    from gateskip.quantization.offsets import Offset
     from gateskip.quantization.rounding import round_to_grid
 
     model, weights, _ = unfilled(dense)

@@ -19,14 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Offset = Literal["real", "integer", "none"]
-"""A group's offset beside its scale: a minimum, a zero point (the integer code of the value zero),
-or none."""
 
 SIGNIFICANT = 8  # bits of a bfloat16 number
 SMALLEST = 2.0**-24  # step of the smallest float16 numbers
@@ -145,19 +140,6 @@ def joined(grids: Sequence[Grid]) -> Grid:
 def middle(bits: int) -> int:
     """The middle code of a grid."""
     return 1 << (bits - 1)
-
-
-def has_steps(bits: int, offset: Offset) -> bool:
-    """Whether scales and minima are whole numbers of a step for each row. In 8 bits the error of
-    scales in steps would be felt."""
-    return bits < 8 and offset != "integer"
-
-
-def bits_beside(bits: int, offset: Offset) -> int:
-    """Bits that a group's scale and offset take in a file, beside codes of `bits` bits."""
-    if has_steps(bits, offset):
-        return 8 if offset == "none" else 16
-    return {"none": 16, "real": 32, "integer": 16 + bits}[offset]
 
 
 def row_steps(scale: Tensor, minimum: Tensor | None, bits: int) -> Tensor:

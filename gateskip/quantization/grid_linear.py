@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip.quantization.grid import Grid, Lines, pack_bits, row_parts, unpack_bits
+from gateskip.quantization.offsets import STEPS_BELOW
 
 METHOD = "gateskip"
 """The `quant_method` of a folder of such modules."""
@@ -170,8 +171,8 @@ def stored(grid: Grid) -> dict[str, Tensor]:
 
 def stored_lines(scale: Tensor, minimum: Tensor | None, bits: int) -> dict[str, Tensor]:
     """`stored` of scales and minima [out, groups] alone: bytes and exponents where they are whole
-    numbers of steps in fewer than 8 bits, else bfloat16."""
-    lines = Lines.of(scale, minimum, bits) if bits < 8 else None
+    numbers of steps in few enough bits, else bfloat16."""
+    lines = Lines.of(scale, minimum, bits) if bits < STEPS_BELOW else None
     if lines is None:
         tensors = {"scale": scale.to(STORED), "minimum": minimum}
         tensors["minimum"] = None if minimum is None else minimum.to(STORED)

@@ -26,9 +26,7 @@ from gateskip.quantization.grid_linear import (
     GridLinear,
     SharedHead,
 )
-
-SYMMETRIC_FROM = 6
-"""Bits, from which on groups have no minimum: `NO_OFFSET` of the stages that write such folders."""
+from gateskip.quantization.offsets import STEPS_BELOW, SYMMETRIC_FROM
 
 
 class GridConfig(QuantizationConfigMixin):
@@ -62,7 +60,7 @@ class GridConfig(QuantizationConfigMixin):
     def stored(self, bits: int) -> torch.dtype:
         """The type of scales and minima beside codes of `bits` bits."""
         dtype: torch.dtype = getattr(torch, self.scales)
-        return IN_STEPS if self.steps and bits < 8 else dtype
+        return IN_STEPS if self.steps and bits < STEPS_BELOW else dtype
 
     def of(self, name: str) -> tuple[int, int]:
         """Bits and group size of a layer."""

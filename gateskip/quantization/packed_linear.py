@@ -26,6 +26,7 @@ from gateskip.model.families import final_norm
 from gateskip.model.projections import Rows
 from gateskip.quantization.grid import Grid, Lines, middle, unpack_bits
 from gateskip.quantization.grid_linear import GridLinear
+from gateskip.quantization.offsets import STEPS_BELOW
 from gateskip.quantization.tiles import pack_codes, tiles
 
 BITS = (2, 3, 4, 6, 8)  # of a code that has kernels
@@ -184,7 +185,8 @@ class PackedLinear(nn.Module):
         self.bits, self.middle = bits, middle(bits)
         self.register_buffer("codes", pack_codes(codes, bits))
         low = None if offset is None else offset.float()
-        in_steps = None if bits == 8 or book is not None else _in_steps(scale.float(), low, bits)
+        whole = bits < STEPS_BELOW and book is None
+        in_steps = _in_steps(scale.float(), low, bits) if whole else None
         small, low, exponent, self._zero = in_steps or _compact(scale.float(), low, self.middle)
         self.register_buffer("_scale", tiles(small))
         self.register_buffer("_offset", None if low is None else tiles(low))

@@ -17,15 +17,14 @@ from gateskip.kernels import abi, build, ops
 from gateskip.quantization.grid import (
     MOST_STEPS,
     Grid,
-    Offset,
     exact_minimum,
     exact_scale,
-    has_steps,
     joined,
     middle,
     minimum_in_steps,
     row_steps,
 )
+from gateskip.quantization.offsets import Offset, has_steps
 
 AT_ONCE = 1 << 17  # weights that are rounded at a time
 MOST_COLUMNS = 128  # of a group, in the compiled kernels

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels.autotune import fast_type
-from gateskip.quantization.grid import Grid, Offset
+from gateskip.quantization.grid import Grid
+from gateskip.quantization.offsets import Offset
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.rounding.columns import Steps, round_columns
 from gateskip.rounding.descent import blocks, descend

@@ -18,14 +18,13 @@ from gateskip.kernels import abi, build, ops
 from gateskip.kernels.autotune import fast_type
 from gateskip.quantization.grid import (
     Grid,
-    Offset,
     exact_minimum,
     exact_scale,
-    has_steps,
     minimum_in_steps,
     row_steps,
     scale_in_steps,
 )
+from gateskip.quantization.offsets import Offset, has_steps
 from gateskip.rounding.columns import Steps, descend_columns
 
 BLOCK = 128  # columns, at least a group, whose products with all others are computed together

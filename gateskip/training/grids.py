@@ -26,6 +26,7 @@ from gateskip.quantization.grid import (
     scale_in_steps,
 )
 from gateskip.quantization.grid_linear import stored_lines
+from gateskip.quantization.offsets import STEPS_BELOW
 
 WITHIN = 0.3
 """The largest distance, in steps of the grid, of a weight's first position from its code. At half a
@@ -56,7 +57,8 @@ class ScaledGrid(nn.Module):
         self.register_buffer("scale", grid.scale)
         self.register_buffer("offset", grid.offset())
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.in_steps = self.bits < 8 and Lines.of(grid.scale, grid.minimum, grid.bits) is not None
+        lines = Lines.of(grid.scale, grid.minimum, grid.bits)
+        self.in_steps = self.bits < STEPS_BELOW and lines is not None
         self.gain = nn.Parameter(torch.ones_like(grid.scale))
         self.shift = None if self.offset is None else nn.Parameter(torch.zeros_like(grid.scale))
 

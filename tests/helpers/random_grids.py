@@ -11,12 +11,12 @@ from gateskip.quantization.grid import (
     Grid,
     exact_minimum,
     exact_scale,
-    has_steps,
     minimum_in_steps,
     row_steps,
     scale_in_steps,
 )
 from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedHead, stored
+from gateskip.quantization.offsets import has_steps
 from gateskip.quantization.rounding import round_to_grid
 
 

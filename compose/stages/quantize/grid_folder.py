@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compose.stages.base import StageJob
+from gateskip.quantization.offsets import bits_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,8 +81,6 @@ def bytes_beside(job: StageJob, packed: set[str], tables: Mapping[str, int]) -> 
 
 def stored_table_bits(bits: int) -> float:
     """Bits of a weight of a packed embedding or LM head in a file, with its share of the scale."""
-    from gateskip.quantization.grid import bits_beside
-
     return bits + bits_beside(bits, "none") / TABLE_GROUP
 
 

@@ -40,6 +40,7 @@ from compose.stages.quantize.linears import (
     value_projections,
 )
 from compose.store import read_json, write_json
+from gateskip.quantization.offsets import SYMMETRIC_FROM, Offset, bits_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,6 @@ GRADIENTS_OF = 2048  # tokens whose gradients are taken; logits exist for 256 at
 EMBEDDING_ROWS = 8192  # rounded at a time
 TableBits = Literal[4, 6, 8] | None
 GroupSize = Literal[32, 64, 128]
-NO_OFFSET = 6  # bits, from which on groups have a scale alone
 
 
 class Allocate(BaseModel):
@@ -184,9 +184,9 @@ class Integers(Stage):
         """Whether the whole model runs, rounded and unrounded: it is held in float32 for that."""
         return self.allocate is not None and self.allocate.by == "measured"
 
-    def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
+    def grid_offset(self, bits: int) -> Offset:
         """Kind of offset that groups of that many bits have beside their scale."""
-        return "none" if bits >= NO_OFFSET else "real"
+        return "none" if bits >= SYMMETRIC_FROM else "real"
 
     def value_bits(self) -> Bits:
         """Bits of value projections, where neither `mixed` nor `allocate` sets them."""
@@ -249,8 +249,6 @@ class Integers(Stage):
 
     def _in_file(self, bits: int) -> float:
         """Bits of a weight, with its share of the group's scale and offset."""
-        from gateskip.quantization.grid import bits_beside
-
         return bits + bits_beside(bits, self.grid_offset(bits)) / self.group_size
 
     def held(self) -> float:
@@ -571,9 +569,9 @@ class WithOffset(Integers):
             identity["params"]["values"] = "allocated"
         return identity
 
-    def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
+    def grid_offset(self, bits: int) -> Offset:
         """As set; 6 bits and more need none."""
-        return "none" if bits >= NO_OFFSET else self.offset
+        return "none" if bits >= SYMMETRIC_FROM else self.offset
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
@@ -619,8 +617,6 @@ class Int2(WithOffset):
 
 def grid_bytes(linear: Any, how: Rounding) -> int:
     """Bytes of a linear layer's grid in a file: codes, scales and offsets, and rows' exponents."""
-    from gateskip.quantization.grid import bits_beside
-
     weights: int = linear.weight.numel()
     lines = weights // how.group * bits_beside(how.bits, how.offset) // 8
     rows: int = linear.out_features

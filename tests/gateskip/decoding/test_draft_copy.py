@@ -23,7 +23,7 @@ from gateskip.quantization.draft_copy import (
     nf4_copy,
     read_text,
 )
-from gateskip.quantization.grid import Offset
+from gateskip.quantization.offsets import Offset
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.quantization.rounding import GROUP, round_to_grid
 from gateskip.runtime.backend import DraftLimit, SampleRequest

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import autotune, build
-from gateskip.quantization.grid import Grid, Offset
+from gateskip.quantization.grid import Grid
+from gateskip.quantization.offsets import Offset
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.rounding import descent
 from gateskip.rounding.compensate import inverse_factor
