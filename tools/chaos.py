@@ -61,7 +61,7 @@ data:
   calibration: {{source: {text}, limit: 8, length: 32}}
 stages:
   gates: {{use: gate, steps: 4, length: 32, batch: 2, budgets: [0.8, 0.5], calibration_blocks: 4}}
-  int8: {{use: int8, compensate: false}}
+  int8: {{use: int8}}
   skip: {{use: skip, budget: 0.8}}
 pipelines:
   small: [int8]

@@ -43,7 +43,7 @@ data:
   train:       {{source: calibration-text, limit: 2, length: 64}}
   calibration: {{source: calibration-text, limit: 2, length: 64}}
 stages:
-  int8:   {{use: int8, compensate: false}}
+  int8:   {{use: int8}}
   int4:   {{use: int4, compensate: false}}
   gates:
     use: gate

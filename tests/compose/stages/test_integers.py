@@ -21,7 +21,7 @@ from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
 from compose.bench.quality.text import load_head
 from compose.bench.speed.measure import held_bytes
 from compose.errors import RuleBroken, UserError
-from compose.stages.registry import STAGES, DataSpec, Gate, Int4, ModelShape, StageJob
+from compose.stages.registry import STAGES, DataSpec, Gate, Int4, Int8, ModelShape, StageJob
 from compose.stages.shape import FUSED_QKV
 from gateskip.model.families import FAMILIES
 from gateskip.quantization.folders import load_model
@@ -149,8 +149,8 @@ def test_weights_alone_are_rounded_without_text(
     round_it: Callable[..., Made], tiny_llama: Path
 ) -> None:
     """No text is read, and every weight is within half a step of its grid, whatever reads it."""
-    alone, record = round_it(use="int8", calibrate=False)
-    weighed, _ = round_it(use="int8", compensate=False)
+    alone, record = round_it(use="int8")
+    weighed, _ = round_it(use="int8", calibrate=True)
     assert record["blocks"] == 0 and max(record["layer_errors"].values()) < 0.01
     assert kl(alone, tiny_llama) < 2 * kl(weighed, tiny_llama) < 0.01
     assert grids_of(load_model(alone)).keys() == grids_of(load_model(weighed)).keys()
@@ -161,6 +161,14 @@ def test_keys_of_calibrated_stages_are_as_before() -> None:
     assert "calibrate" not in Int4().identity({})["params"]
     assert Int4(calibrate=False).identity({})["params"]["calibrate"] is False
     assert Int4().reads_data == ("calibration",) and Int4(calibrate=False).reads_data == ()
+
+
+def test_8_bits_read_text_where_it_is_asked_for() -> None:
+    assert Int8().reads_data == () and not Int8().compensate
+    for asked in ({"compensate": True}, {"allocate": {"size_mb": 1}}):
+        stage = Int8.model_validate(asked)
+        assert stage.reads_data == ("calibration",) and stage.compensate
+    assert not Int8(calibrate=True).compensate
 
 
 @pytest.mark.parametrize("wish", [{"compensate": True}, {"allocate": {"size_mb": 1}}])
