@@ -62,7 +62,8 @@ def cost(passes: float, seconds: float, kind: str = "int8") -> Cost:
     [
         (None, 1),
         ({"use": "drop-layers", "count": 1}, 1 + 4 * 32),
-        ({"use": "int8"}, 1 + 4 * 32 + 64),
+        ({"use": "int8"}, 1 + 64),
+        ({"use": "int8", "compensate": True}, 1 + 4 * 32 + 64),
         ({"use": "pack-head"}, None),
         ({"use": "heal", "steps": 3, "batch": 2, "length": 8}, 1 + 4 * 3 * 2 * 8),
         ({"use": "gate", "steps": 3, "batch": 2, "length": 8}, 1 + 4 * 8 + 4 * 3 * 2 * 8),
@@ -97,7 +98,7 @@ def test_seconds_follow_a_line_through_what_was_measured() -> None:
 
 
 def plan(**changes: Any) -> Any:
-    stages = {"small": {"use": "int8"}, "drop": {"use": "drop-layers", "count": 1}}
+    stages = {"small": {"use": "int8", "compensate": True}, "drop": {"use": "drop-layers", "count": 1}}
     return make_plan(
         Pipeline.model_validate(
             {
@@ -131,7 +132,7 @@ def test_what_is_stored_is_measured_what_is_like_it_is_scaled_the_rest_is_unknow
     run = RunFolder.of(made, tmp_path)
     source, small, drop = made.steps
     entry(run.store, source.key, "source", {"source": "x"}, 2.0)
-    other = stage(use="int8").model_dump(mode="json")
+    other = stage(use="int8", compensate=True).model_dump(mode="json")
     other.pop("use")
     entry(run.store, "0123456789abcdef", "int8", other, 10.0)
     entry(run.store, "fedcba9876543210", "gone-stage", {}, 10.0)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from gateskip.kernels import build
 from gateskip.quantization.grid import (
     Grid,
-    Offset,
     exact_minimum,
     exact_scale,
     joined,
@@ -22,6 +21,7 @@ from gateskip.quantization.grid import (
     unpack_bits,
 )
 from gateskip.quantization.grid_linear import GridLinear
+from gateskip.quantization.offsets import Offset
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.rounding.compensate import Rounding, output_error, round_compensated
