@@ -98,7 +98,10 @@ def test_seconds_follow_a_line_through_what_was_measured() -> None:
 
 
 def plan(**changes: Any) -> Any:
-    stages = {"small": {"use": "int8", "compensate": True}, "drop": {"use": "drop-layers", "count": 1}}
+    stages = {
+        "small": {"use": "int8", "compensate": True},
+        "drop": {"use": "drop-layers", "count": 1},
+    }
     return make_plan(
         Pipeline.model_validate(
             {
