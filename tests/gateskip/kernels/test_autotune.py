@@ -68,19 +68,22 @@ def test_without_a_folder_to_write_to_it_is_measured_all_the_same(
     assert autotune.choices() == {}
 
 
-@pytest.mark.parametrize("matrix_units", [False, True])
+@pytest.mark.parametrize(
+    ("name", "matrix_units", "fast"),
+    [("Intel Xeon", False, False), ("Intel Xeon", True, True), ("AMD EPYC", False, True)],
+)
 def test_capability_alone_decides_where_something_is_made(
-    monkeypatch: pytest.MonkeyPatch, matrix_units: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, matrix_units: bool, fast: bool
 ) -> None:
     """Nothing is timed, no stored answer is read, and nothing is stored."""
-    pretend(monkeypatch, True, not matrix_units)
+    pretend(monkeypatch, True, not fast)
     before = bfloat16_is_faster()
     stored = autotune.choices()
-    able = {"avx512_bf16": True, "amx_tile": matrix_units}
+    able = {"avx512_bf16": True, "amx_tile": matrix_units, "cpu_name": name}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     with autotune.by_capability():
-        assert bfloat16_is_faster() == matrix_units != before
-        assert precision("auto") == ("bf16" if matrix_units else "no")
+        assert bfloat16_is_faster() == fast != before
+        assert precision("auto") == ("bf16" if fast else "no")
         assert autotune.kernel_times({"a layer": (4, torch.neg, torch.neg)}) == {}
     assert bfloat16_is_faster() == before and autotune.choices() == stored
 
