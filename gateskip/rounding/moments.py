@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PARTS = 4  # parts of the columns: five eighths of a symmetric product are computed
+PARTS = 8  # parts of the columns: nine sixteenths of a symmetric product are computed
 ROWS = 512  # rows that are compared at once
+IN_CACHE = 64  # rows that become 8-bit numbers at once
 GATHERED = 8192  # inputs in bfloat16 that are multiplied at once; a sum of 2^17 fits 32 bits
 LARGEST = 127  # of an 8-bit number
 
@@ -96,8 +97,11 @@ def _add_products(total: Tensor, rows: Tensor) -> None:
 
 def _add_byte_products(total: Tensor, rows: Tensor) -> None:
     """`_add_products` with each column in 8 bits."""
-    scale = rows.abs().amax(0).float().clamp_min(1e-30) / LARGEST  # [k]
-    quantized = (rows / scale).round_().to(torch.int8)
+    largest = torch.maximum(rows.amax(0), -rows.amin(0)).float()  # [k]
+    scale = largest.clamp_min(1e-30) / LARGEST
+    quantized = torch.empty(rows.shape, dtype=torch.int8)
+    for some, part in zip(quantized.split(IN_CACHE), rows.split(IN_CACHE), strict=True):
+        some.copy_((part / scale).round_())
     for done, part in _parts(len(total)):
         products = torch._int_mm(quantized[:, :done].T, quantized[:, part])
         for start in range(0, done, ROWS):
