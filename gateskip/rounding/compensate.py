@@ -25,7 +25,6 @@ from gateskip.rounding.descent import blocks, descend
 
 DAMP = 0.01  # share of the mean second moment that is added to all
 SWEEPS = 6  # over all groups after GPTQ
-LEAF = 256  # columns of a triangular matrix that is inverted at once
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,26 @@ def _by_input(squares: Tensor, group: int) -> Tensor:
 
 
 def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
-    """Column after column; a group's grid is fitted when its first column's turn comes."""
-    left = weight.T.contiguous()  # [k, n]: a column of weights lies together
-    upper = inverse_factor(moments)
-    grids, codes, errors = [], torch.empty_like(left, dtype=torch.uint8), torch.empty_like(left)
-    for start, stop in blocks(len(left), how.group):
+    """Column after column; a group's grid is fitted when its first column's turn comes. Groups
+    compensate for earlier ones by the Cholesky factor of the moments, which gives the results of
+    its inverse (LDLQ: arXiv 2307.13304, section 4.1)."""
+    wanted = weight.T.contiguous()  # [k, n]: a column of weights lies together
+    factor, lost = factor_from_the_end(moments), torch.empty_like(wanted)
+    grids, codes = [], torch.empty_like(wanted, dtype=torch.uint8)
+    for start, stop in blocks(len(wanted), how.group):
+        pulls = factor[:start, start:stop].T @ lost[:start]
         for first in range(start, stop, how.group):
             last = first + how.group
-            here, part = upper[first:last, first:last], left[first:last]
+            here = _inverse(factor[first:last, first:last])
+            pull = pulls[first - start : last - start]
+            pull.addmm_(factor[start:first, first:last].T, lost[start:first])
+            part = torch.addmm(wanted[first:last], here.T, pull)
             needs = here.diagonal().square().reciprocal()
             grid = round_to_grid(part.T, needs, how.bits, how.group, how.offset, in_steps=False)
             grids.append(grid)
             steps = Steps.of(grid.scale[:, 0], grid.lowest()[:, 0], how.bits, how.offset == "none")
-            codes[first:last], errors[first:last] = round_columns(part, here, steps)
-            left[last:stop].addmm_(upper[first:last, last:stop].T, errors[first:last], alpha=-1)
-        left[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+            codes[first:last], errors = round_columns(part, here, steps)
+            torch.mm(here.T, errors - pull, out=lost[first:last])
     minima = [grid.minimum for grid in grids if grid.minimum is not None]
     return Grid(
         codes.T.contiguous(),
@@ -104,22 +108,13 @@ def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
     )
 
 
-def inverse_factor(moments: Tensor) -> Tensor:
-    """The upper triangular U with U^T U the inverse of moments [k, k]: the inverse of their
-    Cholesky factor from the other end, which takes half the operations of inverting moments."""
+def factor_from_the_end(moments: Tensor) -> Tensor:
+    """The upper triangular F with F F^T = moments [k, k]."""
     factor: Tensor = torch.linalg.cholesky(moments.flip(0, 1))
-    _invert(factor)
     return factor.flip(0, 1)
 
 
-def _invert(lower: Tensor) -> None:
-    """Invert a lower triangular matrix [k, k] by its quarters, in its own memory."""
-    if (size := len(lower)) <= LEAF:
-        one = torch.eye(size, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, one, upper=False))
-        return
-    first, last = lower[: size // 2, : size // 2], lower[size // 2 :, size // 2 :]
-    _invert(first)
-    _invert(last)
-    below = lower[size // 2 :, : size // 2]
-    below.copy_((last @ below) @ first).neg_()
+def _inverse(upper: Tensor) -> Tensor:
+    """Of an upper triangular matrix."""
+    one = torch.eye(len(upper), device=upper.device)
+    return torch.linalg.solve_triangular(upper, one, upper=True)
