@@ -210,7 +210,7 @@ def share_written(stage: Stage) -> float:
 def checkpoint_bytes(stage: Stage | None, weights: float) -> float:
     """Bytes of the checkpoints of a stage that rounds so many weights layer by layer, or trains all
     of them or their codes; 0 for any other stage."""
-    if stage is not None and hasattr(stage, "compensate"):
+    if stage is not None and hasattr(stage, "compensate") and getattr(stage, "calibrate", True):
         return min(stage.most_bits(), MOST_BITS) / 8 * weights
     trains_all = getattr(stage, "steps", 0) and getattr(stage, "backbone", None) in WHOLE
     return CHECKPOINT * weights if trains_all else 0.0

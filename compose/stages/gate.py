@@ -59,7 +59,7 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
 
     role: ClassVar[Role] = "gate"
     on_gpu: ClassVar[bool] = True
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     reads_data: ClassVar[tuple[Split, ...]] = ("train", "calibration")
     groups: ClassVar[Mapping[str, type[BaseModel]]] = GROUPS
     example: ClassVar[Mapping[str, Any]] = {"backbone": "frozen"}

@@ -39,7 +39,7 @@ HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
 class PruneHeads(Pruning):
     """Remove the least important attention heads, the same number from every layer."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     example: ClassVar[Mapping[str, Any]] = {"count": 3}
 
     use: Literal["prune-heads"] = "prune-heads"

@@ -42,7 +42,7 @@ class PruneHidden(Pruning):
     """Remove the least important channels of the residual stream (hidden size) from all weights
     that use them."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
 
     use: Literal["prune-hidden"] = "prune-hidden"

@@ -32,7 +32,7 @@ class DropLayers(Pruning):
     """Remove whole decoder layers: the layers that are named, or the `count` least important
     layers."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     example: ClassVar[Mapping[str, Any]] = {"count": 1}
 
     use: Literal["drop-layers"] = "drop-layers"

@@ -32,7 +32,7 @@ FIT = 4  # matrices of a fit's size that exist at once
 class PruneWidth(Pruning):
     """Remove the least important neurons from every MLP, the same number in each layer."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("torch_pruning",)
     example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
 

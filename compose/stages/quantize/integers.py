@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from gateskip.rounding.layer_files import Rounded
     from gateskip.rounding.layerwise import Choose
 
-MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their inverse
+MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their factor
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
 GRADIENTS_OF = 2048  # tokens whose gradients are taken; logits exist for 256 at a time
 EMBEDDING_ROWS = 8192  # rounded at a time
@@ -97,7 +97,7 @@ class Allocate(BaseModel):
 class Integers(Stage):
     """Round linear layers to integers with a scale, and a minimum, for every group of weights."""
 
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     role: ClassVar[Role] = "quantize"
     bits: ClassVar[Bits]
     """Bits of one weight."""
@@ -539,7 +539,7 @@ class WithOffset(Integers):
     """Base of `int4`, `int3` and `int2`: an offset for each group, and more bits for value
     projections."""
 
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     offset: Literal["real", "integer"] = "real"
     """Offset of each group of weights: a minimum as in GGUF's Q4_1 (`real`), or an integer zero
