@@ -2,8 +2,8 @@
 
 A step's cost is compared by the *passes* that it is made of: weights of the model times tokens of
 text that go through them, a training step counting four passes (forward and backward of the model,
-forward of its teacher), and a quantizer that searches as many as the model is wide. Costs of the
-same stage at other sizes are scaled by that, which is an assumption and is named as one.
+forward of its teacher), and a search as many as the stage says (`Stage.searched`). Costs of stages
+of the same kind at other sizes are scaled by that, which is an assumption and is named as one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Cost:
     """What one step or cell took on this machine."""
 
     kind: str
-    """The stage's `use`, `source`, or a kind of cell."""
+    """Of a step or of a cell: `kind_of_step`, `kind_of_cell`."""
     passes: float
     """Weights times tokens; see above."""
     weights: int
@@ -66,9 +66,12 @@ def _tokens(stage: Stage | None, shape: ModelShape, data: Mapping[str, DataSpec]
         rows = (_number(stage, "batch") or 1) * (_number(stage, "accumulate") or 1)
         length = _number(stage, "length") or train.length
         tokens += TRAINING_PASSES * steps * rows * length
-    if stage.role == "quantize":
-        tokens += shape.hidden_size
-    return tokens
+    return tokens + stage.searched(shape)
+
+
+def kind_of_step(stage: Stage | None) -> str:
+    """Steps of one kind cost alike for each pass."""
+    return SOURCE if stage is None else stage.costs_like()
 
 
 def _number(stage: Stage, name: str) -> int:
@@ -127,7 +130,7 @@ def step_costs(store: Store) -> Iterator[Cost]:
         except (ComposeError, ValidationError, KeyError, TypeError, AttributeError):
             continue  # of another version
         yield Cost(
-            kind=SOURCE if stage is None else stage.use,
+            kind=kind_of_step(stage),
             passes=step_passes(stage, shape, data),
             weights=shape.weights,
             seconds=float(seconds),

@@ -1,8 +1,8 @@
 """What a plan will take: time, memory and disk of each step and cell, from measured costs.
 
     measured   the step itself is stored on this machine
-    scaled     costs of the same stage on this machine, at other sizes: seconds by a line through
-               them, or by their ratio where all have one size; `from_records` says how many
+    scaled     costs of stages of the same kind on this machine, at other sizes: seconds by a line
+               through them, or by their ratio where all have one size; `from_records` says how many
     shape      no such record: memory and disk from the model's sizes alone, no time
 
 Nothing is invented: where there is no record there is no time, and then there is no total either.
@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from compose.outputs.run_folder import RunFolder
-from compose.planning.plan import FOLDERS_HELD, PROCESS_BYTES, SOURCE, Plan, Step, speculates
+from compose.planning.plan import FOLDERS_HELD, PROCESS_BYTES, Plan, Step, speculates
 from compose.run.costs import (
     Cost,
     cell_costs,
     cell_passes,
     kind_of_cell,
+    kind_of_step,
     step_costs,
     step_passes,
 )
@@ -139,7 +140,7 @@ def _step(
             return Estimate(title, cost.seconds, cost.peak_bytes, cost.disk_bytes, 0, "measured", 1)
     if shape is None:
         return Estimate(title, None, None, None, 0, "shape")
-    kind = SOURCE if step.stage is None else step.stage.use
+    kind = kind_of_step(step.stage)
     data = {"train": plan.pipeline.data.train, "calibration": plan.pipeline.data.calibration}
     same = [cost for cost in costs if cost.kind == kind]
     seconds, count = seconds_of(step_passes(step.stage, shape, data), same)

@@ -139,6 +139,15 @@ class Stage(BaseModel):
         """
         return round(LIBRARIES + self.held() * shape.weights + self.worked_on(shape, length))
 
+    def costs_like(self) -> str:
+        """Name that stages share whose seconds are in proportion to their passes, for estimates."""
+        return self.use
+
+    def searched(self, shape: ModelShape) -> float:
+        """Passes over the weights beside those of text, for estimates: tokens that take as long. By
+        default, a quantizer searches as many as the model is wide."""
+        return float(shape.hidden_size) if self.role == "quantize" else 0.0
+
     def files(self) -> dict[str, Path]:
         """Files that the parameters name: parameter -> path. Their content is part of the key."""
         return {}

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their factor
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
+TRIED = 1300  # tokens whose pass takes as long as a trial of all layers, at 0.5B and at 1.5B
 GRADIENTS_OF = 2048  # tokens whose gradients are taken; logits exist for 256 at a time
 EMBEDDING_ROWS = 8192  # rounded at a time
 TableBits = Literal[4, 6, 8] | None
@@ -264,6 +265,20 @@ class Integers(Stage):
         down = MOMENTS * inner**2 + WORKED * inner * outer
         layer = 4.0 * shape.layer_weights + max(up, down)
         return max(table, layer, self._gradients(shape))
+
+    def costs_like(self) -> str:
+        """All numbers of bits alike; steps that read no text, or measure KL, for themselves."""
+        if not self.calibrate:
+            return "integers without text"
+        return "integers that measure KL" if self._measures_kl() else "integers"
+
+    def searched(self, shape: ModelShape) -> float:
+        """Nothing without text; with `allocate`, each layer is rounded in each way it may get."""
+        if not self.calibrate:
+            return 0.0
+        groups = sum(size >= self.group_size for size in get_args(GroupSize))
+        tried = 0 if self.allocate is None else len(self.allocate.among) * groups
+        return super().searched(shape) + TRIED * tried
 
     def _gradients(self, shape: ModelShape) -> float:
         """Bytes for gradients in float32: the inputs of all layers; with them what one layer reads

@@ -36,6 +36,7 @@ DATA = {
     "train": DataSpec(source="a.txt", limit=10, length=16),
     "calibration": DataSpec(source="a.txt", limit=4, length=32),
 }
+BY_NEED = {"bits_per_weight": 5, "among": [4, 6], "by": "gradients"}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -62,8 +63,9 @@ def cost(passes: float, seconds: float, kind: str = "int8") -> Cost:
     [
         (None, 1),
         ({"use": "drop-layers", "count": 1}, 1 + 4 * 32),
-        ({"use": "int8"}, 1 + 64),
+        ({"use": "int8"}, 1),
         ({"use": "int8", "compensate": True}, 1 + 4 * 32 + 64),
+        ({"use": "int4", "allocate": BY_NEED}, 1 + 4 * 32 + 64 + 2 * 3 * 1300),
         ({"use": "pack-head"}, None),
         ({"use": "heal", "steps": 3, "batch": 2, "length": 8}, 1 + 4 * 3 * 2 * 8),
         ({"use": "gate", "steps": 3, "batch": 2, "length": 8}, 1 + 4 * 8 + 4 * 3 * 2 * 8),
@@ -135,11 +137,11 @@ def test_what_is_stored_is_measured_what_is_like_it_is_scaled_the_rest_is_unknow
     run = RunFolder.of(made, tmp_path)
     source, small, drop = made.steps
     entry(run.store, source.key, "source", {"source": "x"}, 2.0)
-    other = stage(use="int8", compensate=True).model_dump(mode="json")
+    other = stage(use="int6").model_dump(mode="json")
     other.pop("use")
-    entry(run.store, "0123456789abcdef", "int8", other, 10.0)
+    entry(run.store, "0123456789abcdef", "int6", other, 10.0)
     entry(run.store, "fedcba9876543210", "gone-stage", {}, 10.0)
-    assert {cost.kind for cost in step_costs(run.store)} == {"source", "int8"}
+    assert {cost.kind for cost in step_costs(run.store)} == {"source", "integers"}
     found = estimate(made, run, SHAPE)
     by_name = {each.name: each for each in (*found.steps, *found.cells)}
     assert (by_name["source"].basis, by_name["source"].seconds) == ("measured", 2.0)
