@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from compose.planning.prepare import require_inputs
 from compose.stages.decode import DecodeStage, Plain, Skip, Speculate
 
 PLAIN = "plain"
+WITH_DRAFT_MODEL = "draft:1+model+lookup"
 OPTIONS = {
     "name": "--name",
     "batch_sizes": "--batch",
@@ -43,11 +45,13 @@ def bench_plan(
     against: Sequence[str],
     benchmark: dict[str, Any],
     device: Device = "cpu",
+    draft_model: Path | None = None,
 ) -> Plan:
     """A cell for every folder and system, then the peers on the first folder.
 
     The first folder with the first system is the baseline. `benchmark` are the settings of a
-    pipeline's `benchmark` section; `device` is where the cells run.
+    pipeline's `benchmark` section; `device` is where the cells run. `draft_model` drafts where a
+    system names `model`, and is one of the drafts of `auto`.
 
     Raises:
         UserError: a folder is no model, a system, a peer, a text or a task is not known, something
@@ -55,9 +59,7 @@ def bench_plan(
     """
     for folder in folders:
         require_model(folder)
-    ways = [parse_system(system) for system in systems if not is_peer(system)] or [
-        parse_system(PLAIN)
-    ]
+    ways = _ways(systems, draft_model)
     peers = [*(system for system in systems if is_peer(system)), *against]
     for peer in peers:
         parse_peer(peer)
@@ -91,6 +93,12 @@ def bench_plan(
     if twice:
         raise UserError(f"{twice[0]} is named twice", fix="name each system and folder once")
     stages = {way.name: stage for way in ways if (stage := decode_stage(way)) is not None}
+    drafts = [stage.draft_model for stage in stages.values() if isinstance(stage, Speculate)]
+    if draft_model is not None and not any(drafts):
+        raise UserError(
+            "--draft-model: no way of decoding uses it",
+            fix=f"add --system {WITH_DRAFT_MODEL}",
+        )
     settings = {**benchmark, "baseline": cells[0].name}
     pipeline = _pipeline(name, places[0], settings, device)
     pipeline = pipeline.model_copy(update={"stages": stages, "matrix": None})
@@ -122,6 +130,25 @@ def _pipeline(name: str, folder: Path, benchmark: dict[str, Any], device: Device
         raise UserError(f"{OPTIONS.get(setting, setting)}: {message}") from None
 
 
+def _ways(systems: Sequence[str], draft_model: Path | None) -> list[System]:
+    """The systems that are no peers. Without any, plain decoding, and beside it drafts of the draft
+    model where there is one."""
+    names = [name for name in systems if not is_peer(name)]
+    if not names:
+        names = [PLAIN] if draft_model is None else [PLAIN, WITH_DRAFT_MODEL]
+    ways = [parse_system(name) for name in names]
+    if draft_model is not None:
+        require_model(draft_model)
+        given = {"draft_model": str(draft_model.absolute())}
+        ways = [
+            replace(way, settings=way.settings | given)
+            if way.settings.get("draft_weights") in ("auto", "model")
+            else way
+            for way in ways
+        ]
+    return ways
+
+
 def decode_stage(system: System) -> DecodeStage | None:
     """The decode stage that a pipeline file would name; None for plain decoding.
 
@@ -142,13 +169,20 @@ def decode_stage(system: System) -> DecodeStage | None:
 def _cell(folder: Path, label: str, way: System, ways: Sequence[System], device: Device) -> Cell:
     """A folder decoded in one way; it is compared with the same folder in the same backend."""
     weights, decode = _content_key(folder), decode_stage(way)
+    draft = way.settings.get("draft_model")
+    pins = None if draft is None else {draft: _content_key(Path(draft))}
     other = None if decode is None else decode.compared_with()
     plain = [base for base in ways if decode_stage(base) == other and base.backend == way.backend]
     backend = way.backend or "auto"
     return Cell(
         name=label + way.name,
         chain=() if decode is None else (way.name,),
-        key=digest({"cell": cell_key(weights, decode, device=device), "backend": backend}),
+        key=digest(
+            {
+                "cell": cell_key(weights, decode, draft_sha256=pins, device=device),
+                "backend": backend,
+            }
+        ),
         weights=weights,
         decode=decode,
         plain=label + plain[0].name if decode is not None and plain else None,

@@ -16,7 +16,7 @@ SKIPS: dict[str, dict[str, Any]] = {
     "hold": {"hold": True},
 }
 """Settings of a system that skips, by the word that names them."""
-DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned")
+DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned", "model")
 """Draft models other than the model itself: `Weights` of `gateskip.decoding`."""
 UNSAID: dict[str, Any] = {"draft_weights": "own", "lookup": False}
 """The settings of a draft whose name gives only its budget."""
@@ -42,10 +42,10 @@ class System:
 
 def parse_system(text: str) -> System:
     """`plain`; `skip:BUDGET` with `+full-prompt`, `+full-answer`, `+hold` or `+prompt0.8` (a budget
-    for prompts); `draft:BUDGET` with `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head` or
-    `+learned`, `+lookup`, `+LENGTH`, `+prompt0.8`, and `+verify0.8` to verify drafts as `skip:0.8`
-    decodes. Each may end in `+int8-kv` (KV cache in 8 bits) and begin with a backend, as in
-    `gathered:skip:0.8`.
+    for prompts); `draft:BUDGET` with `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head`,
+    `+learned` or `+model` (a draft model that is given apart), `+lookup`, `+LENGTH`, `+prompt0.8`,
+    and `+verify0.8` to verify drafts as `skip:0.8` decodes. Each may end in `+int8-kv` (KV cache in
+    8 bits) and begin with a backend, as in `gathered:skip:0.8`.
 
     Raises UserError for any other name.
     """

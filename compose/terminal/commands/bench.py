@@ -7,7 +7,14 @@ from typing import Annotated, cast
 
 import typer
 
-from compose.terminal.commands.options import AsEvents, DeviceName, KeepBlocks, Out, Quiet
+from compose.terminal.commands.options import (
+    AsEvents,
+    DeviceName,
+    DraftModel,
+    KeepBlocks,
+    Out,
+    Quiet,
+)
 from compose.terminal.commands.pipelines import settings_of_run
 
 QUALITY = "Options of quality"
@@ -25,13 +32,15 @@ def bench(
             help="Way of decoding: plain (the default), skip:BUDGET or draft:BUDGET (speculative"
             " decoding). BUDGET is the share of the attention and MLP compute that is not"
             " skipped. draft:BUDGET can have the suffixes +auto, +int4, +int3, +int2, +nf4,"
-            " +int4-head, +learned, +lookup, +LENGTH and +verifyBUDGET. skip:BUDGET and"
-            " draft:BUDGET can have the suffix +promptBUDGET, the budget for prefill. Every"
-            " way of decoding can have the suffix +int8-kv (8-bit KV cache) and a prefix that"
-            " names a backend, as in gathered:plain. docs/reference/cli.md explains all suffixes."
+            " +int4-head, +learned, +model (the model of --draft-model), +lookup, +LENGTH and"
+            " +verifyBUDGET. skip:BUDGET and draft:BUDGET can have the suffix +promptBUDGET, the"
+            " budget for prefill. Every way of decoding can have the suffix +int8-kv (8-bit KV"
+            " cache) and a prefix that names a backend, as in gathered:plain."
+            " docs/reference/cli.md explains all suffixes."
             " The baseline is the first folder with the first way of decoding.",
         ),
     ] = None,
+    draft_model: DraftModel = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -217,7 +226,8 @@ def bench(
     folders = as_folders(folders, default_cache(), keep_blocks=keep_blocks)
     title = name or default_name(folders[0])
     where = cast(Device, device)
-    planned = bench_plan(title, folders, systems or [], against or [], benchmark, where)
+    drafts = as_folders([draft_model] if draft_model else [], default_cache(), keep_blocks=None)
+    planned = bench_plan(title, folders, systems or [], against or [], benchmark, where, *drafts)
     result = run_shown(
         planned,
         settings_of_run(out, again=True),

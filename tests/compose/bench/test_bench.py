@@ -57,6 +57,7 @@ def test_systems_are_named_in_words() -> None:
     assert parse_system("reference").backend == "reference"
     assert parse_system("plain").backend is None
     assert BACKENDS == RUNNABLE
+    assert parse_system("draft:1+model").settings["draft_weights"] == "model"
     for wrong in (
         "dense",
         "skip:much",
@@ -94,6 +95,30 @@ def test_folders_and_systems_become_cells(make_tiny: Callable[..., Path], tmp_pa
     key = bench_plan("b", [copy], [], [], SETTINGS).cells[0].key
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     assert bench_plan("b", [copy], [], [], SETTINGS).cells[0].key != key, "another folder"
+
+
+def test_a_second_model_drafts(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model, draft = make_tiny("llama"), tmp_path / "draft"
+    shutil.copytree(model, draft)
+    plan = bench_plan("b", [model], [], [], SETTINGS, draft_model=draft)
+    assert [cell.name for cell in plan.cells] == ["plain", "draft:1+model+lookup"]
+    stage = plan.cells[1].decode
+    assert isinstance(stage, Speculate)
+    assert (stage.draft_weights, stage.draft_model) == ("model", str(draft))
+    ways = ["plain", "draft:1+auto", "draft:1+int4"]
+    weighed = [
+        cell.decode
+        for cell in bench_plan("b", [model], ways, [], SETTINGS, draft_model=draft).cells
+    ]
+    assert [getattr(stage, "draft_model", None) for stage in weighed] == [None, str(draft), None]
+    (draft / "config.json").write_text((draft / "config.json").read_text() + " ")
+    other = bench_plan("b", [model], [], [], SETTINGS, draft_model=draft)
+    assert other.cells[0].key == plan.cells[0].key
+    assert other.cells[1].key != plan.cells[1].key, "another draft model"
+    with pytest.raises(UserError, match=r"no way of decoding uses it.*\n?.*draft:1\+model"):
+        bench_plan("b", [model], ["plain"], [], SETTINGS, draft_model=draft)
+    with pytest.raises(UserError, match="needs draft_model"):
+        bench_plan("b", [model], ["plain", "draft:1+model"], [], SETTINGS)
 
 
 def test_what_cannot_be_compared_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
