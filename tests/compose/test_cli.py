@@ -687,16 +687,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "chat": sorted([*spoken, "--device", "--keep-blocks", "folder"]),
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *(
-                "--against",
-                "--allow-code",
-                "--batch",
-                "--device",
-                "--json-lines",
-                "--keep-blocks",
-                "--limit",
-            ),
-            "--min-seconds",
+            *("--against", "--allow-code", "--batch", "--device", "--draft-model"),
+            *("--json-lines", "--keep-blocks", "--limit", "--min-seconds"),
             *("--name", "--new-tokens", "--one-process", "--out", "--prompt-tokens"),
             *("--prompts", "--quality"),
             "--questions",
