@@ -98,7 +98,7 @@ class Allocate(BaseModel):
 class Integers(Stage):
     """Round linear layers to integers with a scale, and a minimum, for every group of weights."""
 
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     role: ClassVar[Role] = "quantize"
     bits: ClassVar[Bits]
     """Bits of one weight."""
@@ -554,7 +554,7 @@ class WithOffset(Integers):
     """Base of `int4`, `int3` and `int2`: an offset for each group, and more bits for value
     projections."""
 
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
 
     offset: Literal["real", "integer"] = "real"
     """Offset of each group of weights: a minimum as in GGUF's Q4_1 (`real`), or an integer zero
