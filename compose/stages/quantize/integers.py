@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their factor
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
-TRIED = 1300  # tokens whose pass takes as long as a trial of all layers, at 0.5B and at 1.5B
+TRIED = 500  # tokens whose pass takes as long as a trial of all layers, at 1.5B
 GRADIENTS_OF = 2048  # tokens whose gradients are taken; logits exist for 256 at a time
 EMBEDDING_ROWS = 8192  # rounded at a time
 TableBits = Literal[4, 6, 8] | None

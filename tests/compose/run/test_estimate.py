@@ -65,7 +65,7 @@ def cost(passes: float, seconds: float, kind: str = "int8") -> Cost:
         ({"use": "drop-layers", "count": 1}, 1 + 4 * 32),
         ({"use": "int8"}, 1),
         ({"use": "int8", "compensate": True}, 1 + 4 * 32 + 64),
-        ({"use": "int4", "allocate": BY_NEED}, 1 + 4 * 32 + 64 + 2 * 3 * 1300),
+        ({"use": "int4", "allocate": BY_NEED}, 1 + 4 * 32 + 64 + 2 * 3 * 500),
         ({"use": "pack-head"}, None),
         ({"use": "heal", "steps": 3, "batch": 2, "length": 8}, 1 + 4 * 3 * 2 * 8),
         ({"use": "gate", "steps": 3, "batch": 2, "length": 8}, 1 + 4 * 8 + 4 * 3 * 2 * 8),
